@@ -1,0 +1,1 @@
+"""Opt-in seams into upstream code, installed as `semantic_ep.patches`."""

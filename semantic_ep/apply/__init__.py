@@ -1,0 +1,1 @@
+"""Apply a plan to a checkpoint, losslessly and reversibly."""

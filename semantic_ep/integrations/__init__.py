@@ -1,0 +1,1 @@
+"""Adapters to Megatron-core, DeepSpeed and transformers; the only importers of the first two."""

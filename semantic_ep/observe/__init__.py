@@ -1,0 +1,1 @@
+"""Observe which experts each token goes to, and reduce it to a profile."""

@@ -1,0 +1,1 @@
+"""The semantic expert-parallel group: process groups, dispatch and combine."""

@@ -1,0 +1,1 @@
+"""Serve an MoE model in a semantic expert-parallel group."""
