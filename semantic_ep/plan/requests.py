@@ -1,0 +1,122 @@
+"""Attention-DP: give whole requests to ranks, by affinity, with equal tokens a rank."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from semantic_ep.errors import PlacementError, explain
+
+
+def assign_requests(
+    scores_RG: np.ndarray,
+    tokens_R: np.ndarray,
+    *,
+    tolerance: float = 0.05,
+    held_G: np.ndarray | None = None,
+    rounds: int = 200,
+) -> np.ndarray:
+    """Assign a window of requests to ranks: most affinity, under equal tokens a rank.
+
+    Tokens come first: the most loaded rank is brought to at most (1 + tolerance) x mean, or as low
+    as moves and swaps of whole requests can, and only then is affinity traded.
+
+    Args:
+        scores_RG: [R, G], affinity of each request for each rank, summed over its tokens
+            (`Schedule.request_score`). Only differences in a row matter.
+        tokens_R: [R], tokens of each request: prompt, plus what it is expected to generate.
+        tolerance: Tokens a rank may exceed the mean by, as a share of the mean.
+        held_G: [G], tokens that each rank already holds; they count towards its share.
+        rounds: Bound on improving moves and swaps.
+
+    Returns:
+        [R] int64, the rank of each request.
+    """
+    scores = np.asarray(scores_RG, dtype=np.float64)
+    tokens = np.asarray(tokens_R, dtype=np.float64)
+    if scores.ndim != 2 or tokens.shape != scores.shape[:1] or (tokens < 0).any():
+        raise PlacementError(
+            explain(
+                "request scores must be [R, G] and tokens [R], none negative",
+                got=f"{scores.shape} and {tokens.shape}",
+            )
+        )
+    requests, ranks = scores.shape
+    held = np.zeros(ranks) if held_G is None else np.asarray(held_G, dtype=np.float64).copy()
+    if requests == 0:
+        return np.zeros(0, dtype=np.int64)
+    limit = (1 + tolerance) * (held.sum() + tokens.sum()) / ranks
+    rank_R = np.zeros(requests, dtype=np.int64)
+    for request in np.argsort(-tokens, kind="stable"):
+        fits = held + tokens[request] <= limit
+        if fits.any():
+            choice = int(np.argmax(np.where(fits, scores[request], -np.inf)))
+        else:
+            choice = int(np.argmin(held))
+        rank_R[request] = choice
+        held[choice] += tokens[request]
+    # One unit of token excess outweighs any affinity that could be gained for it.
+    penalty = 1.0 + float(np.ptp(scores, axis=1).sum()) / max(
+        float(tokens[tokens > 0].min(initial=1)), 1e-9
+    )
+    for _ in range(rounds):
+        if not _improve(rank_R, held, scores, tokens, limit, penalty):
+            break
+    return rank_R
+
+
+def _improve(
+    rank_R: np.ndarray,
+    held_G: np.ndarray,
+    scores: np.ndarray,
+    tokens: np.ndarray,
+    limit: float,
+    penalty: float,
+) -> bool:
+    """Apply the best single move or swap in place; False when none helps."""
+    requests, ranks = scores.shape
+    index = np.arange(requests)
+    current = scores[index, rank_R]
+    excess = np.maximum(held_G - limit, 0)
+    left = np.maximum(held_G[rank_R] - tokens - limit, 0) - excess[rank_R]
+    entered = np.maximum(held_G[None, :] + tokens[:, None] - limit, 0) - excess[None, :]
+    move = scores - current[:, None] - penalty * (left[:, None] + entered)
+    move[index, rank_R] = -np.inf
+    there = scores[:, rank_R]  # [r, q]: score of request r on the rank of request q
+    change = tokens[None, :] - tokens[:, None]
+    after_r = np.maximum(held_G[rank_R][:, None] + change - limit, 0) - excess[rank_R][:, None]
+    after_q = np.maximum(held_G[rank_R][None, :] - change - limit, 0) - excess[rank_R][None, :]
+    swap = there + there.T - current[:, None] - current[None, :] - penalty * (after_r + after_q)
+    swap[rank_R[:, None] == rank_R[None, :]] = -np.inf
+    best_move, best_swap = float(move.max()), float(swap.max())
+    if max(best_move, best_swap) <= 1e-9:
+        return False
+    if best_move >= best_swap:
+        request, rank = np.unravel_index(int(np.argmax(move)), move.shape)
+        held_G[rank_R[request]] -= tokens[request]
+        held_G[rank] += tokens[request]
+        rank_R[request] = rank
+    else:
+        first, second = np.unravel_index(int(np.argmax(swap)), swap.shape)
+        difference = tokens[second] - tokens[first]
+        held_G[rank_R[first]] += difference
+        held_G[rank_R[second]] -= difference
+        rank_R[[first, second]] = rank_R[[second, first]]
+    return True
+
+
+def assign_in_windows(
+    scores_RG: np.ndarray, tokens_R: np.ndarray, *, window: int = 64, tolerance: float = 0.05
+) -> np.ndarray:
+    """[R] int64, ranks of requests assigned window after window, in order of arrival.
+
+    Each window is balanced by itself, so no rank waits for a later window.
+    """
+    parts = [
+        assign_requests(
+            scores_RG[start : start + window],
+            tokens_R[start : start + window],
+            tolerance=tolerance,
+        )
+        for start in range(0, len(scores_RG), window)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
