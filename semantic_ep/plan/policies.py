@@ -12,13 +12,12 @@ from semantic_ep.topology import Topology
 
 @runtime_checkable
 class PlacementPolicy(Protocol):
-    """Chooses a placement from a routing profile.
+    """Chooses a placement from a routing profile."""
 
-    Attributes:
-        name: Its name on the command line and in tables.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name on the command line and in tables."""
+        ...
 
     def place(
         self,
