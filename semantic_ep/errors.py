@@ -67,7 +67,7 @@ def explain(
         parts.append(f"Allowed: {_listed(allowed)}")
     if do is not None:
         parts.append(do)
-    return ". ".join(part.rstrip(".") for part in parts) + "."
+    return " ".join(part if part.endswith(("?", ".")) else f"{part}." for part in parts)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
