@@ -455,8 +455,9 @@ def _wandb_artifact(target: Path, kind: str, identity: Mapping[str, Any]) -> Any
     artifact = wandb.Artifact(name=name, type=kind, metadata={"path": str(target), **identity})
     if kind not in _UPLOADED_KINDS:
         artifact.add_reference(target.resolve().as_uri(), checksum=False)
-    elif target.is_dir():
-        artifact.add_dir(str(target))
     else:
-        artifact.add_file(str(target))
+        for file in sorted(target.rglob("*")) if target.is_dir() else [target]:
+            if file.is_file():
+                base = target if target.is_dir() else target.parent
+                artifact.add_file(str(file), name=str(file.relative_to(base)))
     return artifact
