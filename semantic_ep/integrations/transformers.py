@@ -96,7 +96,7 @@ def model_fingerprint(model: nn.Module, tokenizer_json: bytes | None = None) -> 
         tokenizer_json: Contents of tokenizer.json, or None when unknown.
 
     Returns:
-        The fingerprint that `semantic_ep.apply.fingerprint.checkpoint_fingerprint` computes from
+        The fingerprint that `semantic_ep.apply.checkpoint.checkpoint_fingerprint` computes from
         the same weights on disk at the same precision.
 
     Raises:
