@@ -11,6 +11,7 @@ import datetime
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -85,7 +86,7 @@ def _collect(
         for reader in multiprocessing.connection.wait(list(waiting), timeout=left):
             rank = waiting.pop(reader)
             try:
-                ok, value = reader.recv()
+                ok, value = pickle.loads(reader.recv_bytes())
             except EOFError:
                 ranks[rank].join(timeout=5)
                 code = ranks[rank].exitcode
@@ -134,9 +135,12 @@ def _rank_main(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=collective_timeout),
         )
-        writer.send((True, target(rank, world_size, *args)))
+        # Plain pickle: torch's own sends tensors as shared memory, which ends with this process.
+        message = pickle.dumps((True, target(rank, world_size, *args)))
     except BaseException:
-        writer.send((False, traceback.format_exc()))
+        message = pickle.dumps((False, traceback.format_exc()))
+    try:
+        writer.send_bytes(message)
     finally:
         writer.close()
         # Group destruction may wait for a dead peer; the process has nothing left to lose.

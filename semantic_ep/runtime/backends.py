@@ -1,0 +1,240 @@
+"""Registry of dispatch backends: which work here, which to use, and why not the others.
+
+`create_dispatcher("auto", ...)` picks the best backend that is available and whose verifier accepts
+the call at hand. A backend decides from facts that are equal on every rank (`DispatchCall`), so
+that all ranks of a group pick the same one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from semantic_ep.errors import BackendError, explain
+from semantic_ep.runtime.dispatch import Dispatched, Dispatcher
+from semantic_ep.runtime.stats import DispatchStats
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DispatchCall:
+    """What a verifier may look at: properties of a call that do not differ between ranks.
+
+    Attributes:
+        dtype: Of the hidden states.
+        device_type: "cpu", "cuda", ...
+        hidden: D.
+        top_k: K.
+        ep_size: G.
+        slots_per_rank: S.
+        needs_grad: Whether gradients must flow through the exchange.
+    """
+
+    dtype: torch.dtype
+    device_type: str
+    hidden: int
+    top_k: int
+    ep_size: int
+    slots_per_rank: int
+    needs_grad: bool
+
+
+class Backend(Protocol):
+    """One way to exchange tokens."""
+
+    name: str
+
+    def is_available(self) -> tuple[bool, str]:
+        """Whether this machine can run it, and the reason in words."""
+        ...
+
+    def supports(self, call: DispatchCall) -> tuple[bool, str]:
+        """Whether it can run this call, and the reason in words."""
+        ...
+
+    def create(
+        self, *, group: ProcessGroup, slots_per_rank: int, stats: DispatchStats
+    ) -> Dispatcher:
+        """Make a dispatcher for an EP group; every rank of it calls this together."""
+        ...
+
+
+class _Torch:
+    name = "torch"
+
+    def is_available(self) -> tuple[bool, str]:
+        return _torch_distributed()
+
+    def supports(self, call: DispatchCall) -> tuple[bool, str]:
+        return True, "any dtype and device that torch.distributed moves"
+
+    def create(
+        self, *, group: ProcessGroup, slots_per_rank: int, stats: DispatchStats
+    ) -> Dispatcher:
+        from semantic_ep.runtime.torch_dispatch import TorchDispatcher
+
+        return TorchDispatcher(group=group, slots_per_rank=slots_per_rank, stats=stats)
+
+
+class _Reference:
+    name = "reference"
+
+    def is_available(self) -> tuple[bool, str]:
+        return _torch_distributed()
+
+    def supports(self, call: DispatchCall) -> tuple[bool, str]:
+        return True, "any dtype and device that torch.distributed moves"
+
+    def create(
+        self, *, group: ProcessGroup, slots_per_rank: int, stats: DispatchStats
+    ) -> Dispatcher:
+        from semantic_ep.runtime.reference_dispatch import ReferenceDispatcher
+
+        return ReferenceDispatcher(group=group, slots_per_rank=slots_per_rank, stats=stats)
+
+
+def _torch_distributed() -> tuple[bool, str]:
+    try:
+        import torch.distributed as dist
+    except ImportError as error:
+        return False, f"torch cannot be imported: {error}"
+    if not dist.is_available():
+        return False, "this build of torch has no torch.distributed"
+    return True, "torch.distributed"
+
+
+# In the order in which `auto` tries them.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (_Torch(), _Reference())}
+
+
+def backend_report() -> list[tuple[str, bool, str]]:
+    """(name, available, reason) of every backend, in the order in which `auto` tries them."""
+    return [(name, *backend.is_available()) for name, backend in BACKENDS.items()]
+
+
+def create_dispatcher(
+    name: str = "auto", *, group: ProcessGroup, slots_per_rank: int, num_layers: int = 1
+) -> VerifiedDispatcher:
+    """Make the dispatcher of an EP group.
+
+    Args:
+        name: A backend, or "auto".
+        group: Process group of the EP ranks.
+        slots_per_rank: S.
+        num_layers: Layers to keep counters for.
+
+    Raises:
+        BackendError: The backend is unknown or not available here.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise BackendError(
+            explain(
+                "there is no such dispatch backend",
+                where="semantic_ep.dispatch.backend, --semantic-ep-dispatch-backend",
+                got=name,
+                allowed=["auto", *BACKENDS],
+            )
+        )
+    usable = []
+    for candidate in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
+        available, reason = candidate.is_available()
+        if available:
+            usable.append(candidate)
+        else:
+            _log_fallback(candidate.name, reason)
+    if not usable:
+        raise BackendError(
+            explain(
+                f"dispatch backend {name!r} is not available: {reason}",
+                where="semantic_ep.dispatch.backend, --semantic-ep-dispatch-backend",
+                do="`semantic-ep doctor` says what each backend needs",
+            )
+        )
+    stats = DispatchStats(
+        num_layers=num_layers,
+        ep_size=group.size(),
+        slots_per_rank=slots_per_rank,
+        rank=group.rank(),
+    )
+    return VerifiedDispatcher(usable, group=group, slots_per_rank=slots_per_rank, stats=stats)
+
+
+class VerifiedDispatcher:
+    """A `Dispatcher` that asks each backend's verifier and uses the first that accepts.
+
+    The answer is kept for each kind of call, so verification is paid once.
+    """
+
+    def __init__(
+        self,
+        candidates: list[Backend],
+        *,
+        group: ProcessGroup,
+        slots_per_rank: int,
+        stats: DispatchStats,
+    ) -> None:
+        self.stats = stats
+        self.group = group
+        self.slots_per_rank = slots_per_rank
+        self._candidates = candidates
+        self._created: dict[str, Dispatcher] = {}
+        self._chosen: dict[DispatchCall, Dispatcher] = {}
+
+    def dispatch(
+        self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, *, layer: int = 0
+    ) -> Dispatched:
+        """See `Dispatcher.dispatch`."""
+        import torch
+
+        call = DispatchCall(
+            dtype=x_TD.dtype,
+            device_type=x_TD.device.type,
+            hidden=x_TD.shape[-1],
+            top_k=slot_TK.shape[-1],
+            ep_size=self.group.size(),
+            slots_per_rank=self.slots_per_rank,
+            needs_grad=torch.is_grad_enabled() and (x_TD.requires_grad or weight_TK.requires_grad),
+        )
+        if call not in self._chosen:
+            self._chosen[call] = self._choose(call)
+        chosen = self._chosen[call]
+        dispatched = chosen.dispatch(x_TD, slot_TK, weight_TK, layer=layer)
+        return dataclasses.replace(dispatched, state=(chosen, dispatched.state))
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        """See `Dispatcher.combine`."""
+        chosen, state = dispatched.state
+        return chosen.combine(y_RD, dataclasses.replace(dispatched, state=state))
+
+    def _choose(self, call: DispatchCall) -> Dispatcher:
+        for backend in self._candidates:
+            supported, reason = backend.supports(call)
+            if supported:
+                if backend.name not in self._created:
+                    self._created[backend.name] = backend.create(
+                        group=self.group, slots_per_rank=self.slots_per_rank, stats=self.stats
+                    )
+                return self._created[backend.name]
+            _log_fallback(backend.name, reason)
+        raise BackendError(
+            explain(
+                f"no dispatch backend can run this call; {backend.name}: {reason}",
+                where="semantic_ep.dispatch.backend, --semantic-ep-dispatch-backend",
+                got=str(call),
+                do='Set the backend to "auto" or "torch"',
+            )
+        )
+
+
+@functools.cache
+def _log_fallback(name: str, reason: str) -> None:
+    """Say once for each reason why a backend was passed over."""
+    logger.info("dispatch backend %r is not used: %s", name, reason)

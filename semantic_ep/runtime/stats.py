@@ -1,0 +1,98 @@
+"""Counters of what a dispatcher sends: exact, and cheap enough to be always on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DispatchStats:
+    """What one rank sent and computed, by layer, since the last `reset`.
+
+    Rows and bytes are counted by destination rank, the rank itself included: what crosses a link
+    is the sum over the other ranks. All counters are int64.
+
+    Attributes:
+        rank: This rank's index in the EP group.
+        tokens: [L], tokens dispatched that had at least one route.
+        activations: [L, G], routes of this rank's tokens by the rank that computes them.
+        rows_dispatch: [L, G], rows sent by `dispatch`.
+        rows_combine: [L, G], rows sent back by `combine`.
+        bytes_dispatch: [L, G], payload of those rows (hidden states only).
+        bytes_combine: [L, G], likewise.
+        bytes_metadata: [L, G], everything else that was sent: counts, slots, weights, padding.
+    """
+
+    _ARRAYS = (
+        "tokens",
+        "activations",
+        "rows_dispatch",
+        "rows_combine",
+        "bytes_dispatch",
+        "bytes_combine",
+        "bytes_metadata",
+    )
+
+    def __init__(self, *, num_layers: int, ep_size: int, slots_per_rank: int, rank: int) -> None:
+        self.rank = rank
+        self._shape = (num_layers, ep_size)
+        self._slots_per_rank = slots_per_rank
+        self.reset()
+
+    def reset(self) -> None:
+        """Set every counter to zero."""
+        for name in self._ARRAYS:
+            shape = self._shape[:1] if name == "tokens" else self._shape
+            setattr(self, name, np.zeros(shape, dtype=np.int64))
+        self._slot_activations: list[Tensor | None] = [None] * self._shape[0]
+
+    @property
+    def slot_activations(self) -> np.ndarray:
+        """[L, S] int64, rows that each local slot computed. Waits for the device."""
+        empty = np.zeros(self._slots_per_rank, dtype=np.int64)
+        rows = (empty if t is None else t.cpu().numpy() for t in self._slot_activations)
+        return np.stack(list(rows))
+
+    def record_dispatch(
+        self,
+        layer: int,
+        *,
+        tokens: int,
+        activations: Sequence[int],
+        rows: Sequence[int],
+        row_bytes: int,
+        metadata_bytes: Sequence[int],
+        tokens_per_slot: Tensor,
+    ) -> None:
+        """Add one `dispatch`; lists are by destination rank."""
+        self.tokens[layer] += tokens
+        self.activations[layer] += activations
+        self.rows_dispatch[layer] += rows
+        self.bytes_dispatch[layer] += np.asarray(rows) * row_bytes
+        self.bytes_metadata[layer] += metadata_bytes
+        # Stays on the device: a copy to the host for every layer would stall a GPU.
+        total = self._slot_activations[layer]
+        if total is None:
+            self._slot_activations[layer] = tokens_per_slot.clone()
+        else:
+            total.add_(tokens_per_slot)
+
+    def record_combine(self, layer: int, *, rows: Sequence[int], row_bytes: int) -> None:
+        """Add one `combine`; rows are by destination rank, the tokens' home."""
+        self.rows_combine[layer] += rows
+        self.bytes_combine[layer] += np.asarray(rows) * row_bytes
+
+    def local_activation_rate(self) -> np.ndarray:
+        """[L] float64, share of activations computed on the tokens' home rank; 0 for none."""
+        total = self.activations.sum(axis=1)
+        return self.activations[:, self.rank] / np.maximum(total, 1)
+
+    def remote_copies(self) -> np.ndarray:
+        """[L] float64, mean number of other ranks that a token is sent to."""
+        remote = self.rows_dispatch.sum(axis=1) - self.rows_dispatch[:, self.rank]
+        return remote / np.maximum(self.tokens, 1)

@@ -1,0 +1,126 @@
+"""A tiny GPT-MoE of Megatron-core on gloo, as a user would build it, for the tests."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import warnings
+
+import torch
+
+VOCAB, SEQUENCE, BATCH, EXPERTS, LAYERS, TOP_K = 96, 16, 3, 8, 2, 2
+
+
+def start(*, tensor_parallel=1, expert_parallel=2, context_parallel=1, seed=1):
+    """Initialise Megatron's groups and random state over the ranks of the test."""
+    # Megatron's checkpoint writer starts a process, which ranks of a test may otherwise not.
+    multiprocessing.current_process()._config["daemon"] = False
+    warnings.filterwarnings("ignore")
+    torch.compiler.set_stance("force_eager")
+    import semantic_ep.patches
+
+    semantic_ep.patches.apply("megatron")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_parallel,
+        1,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=1,
+        context_parallel_size=context_parallel,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def config(**changes):
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    settings = {
+        "num_layers": LAYERS,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 64,
+        "moe_ffn_hidden_size": 48,
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": TOP_K,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 1e-2,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": 1,
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "sequence_parallel": parallel_state.get_tensor_model_parallel_world_size() > 1,
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+    return TransformerConfig(**{**settings, **changes})
+
+
+def model(transformer_config, rows=None):
+    """Build a GPT model; `rows` [L, E] are the experts in the slots of each layer."""
+    import numpy as np
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    spec = get_gpt_layer_local_spec(
+        num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm"
+    )
+    if rows is not None:
+        from semantic_ep.integrations.megatron.layer import PlacedLayers
+        from semantic_ep.integrations.megatron.specs import place_experts
+        from semantic_ep.plan.placement import Placement
+
+        placement = Placement(
+            physical_to_logical_map=np.asarray(rows),
+            num_experts=EXPERTS,
+            ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        )
+        spec = place_experts(
+            spec, PlacedLayers(placement=placement, layer_ids=tuple(range(LAYERS)))
+        )
+    return GPTModel(
+        config=transformer_config,
+        transformer_layer_spec=spec,
+        vocab_size=VOCAB,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+    )
+
+
+def batch(step, rank):
+    """Keyword arguments of one forward pass, other for each step and rank."""
+    draw = torch.Generator().manual_seed(100 * step + rank)
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=draw)
+    mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
+    return {
+        "input_ids": tokens[:, :-1].contiguous(),
+        "position_ids": torch.arange(SEQUENCE).expand(BATCH, -1).contiguous(),
+        "attention_mask": mask,
+        "labels": tokens[:, 1:].contiguous(),
+    }
+
+
+class CountingSink:
+    """Keeps every call, for a brute-force comparison."""
+
+    def __init__(self):
+        self.calls = []
+
+    def record(self, layer, expert_TK, *, token_id_T=None, mask_T=None):
+        kept = slice(None) if mask_T is None else mask_T
+        self.calls.append(
+            (layer, expert_TK.sort(dim=1).values[kept].tolist(), token_id_T[kept].tolist())
+        )

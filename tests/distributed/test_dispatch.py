@@ -1,0 +1,285 @@
+import dataclasses
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from semantic_ep.artifacts import ModelFingerprint
+from semantic_ep.errors import BackendError, PeerFailureError
+from semantic_ep.observe.traces import RoutingTrace
+from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime.backends import create_dispatcher
+from semantic_ep.runtime.slots import remap, slot_tables
+from tests.distributed.launcher import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    tokens: tuple[int, ...]
+    hidden: int = 8
+    slots: int = 3
+    top_k: int = 2
+    dropped: float = 0.0
+    hot_rank: int | None = None
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def inputs(self, rank, ranks):
+        draw = torch.Generator().manual_seed(1000 * self.seed + rank)
+        tokens = self.tokens[rank]
+        x = torch.randn(tokens, self.hidden, generator=draw, dtype=torch.float64)
+        scores = torch.rand(tokens, ranks * self.slots, generator=draw)
+        if self.hot_rank is not None:
+            scores[:, self.hot_rank * self.slots : (self.hot_rank + 1) * self.slots] += 1
+        slot = scores.topk(self.top_k, dim=1).indices
+        slot[torch.rand(slot.shape, generator=draw) < self.dropped] = -1
+        weight = torch.rand(tokens, self.top_k, generator=draw, dtype=torch.float64)
+        return x.to(self.dtype), slot, weight.to(self.dtype)
+
+
+CASES = {
+    2: [
+        Case(tokens=(5, 7)),
+        Case(tokens=(0, 4), seed=1),
+        Case(tokens=(0, 0)),
+        Case(tokens=(6, 3), dropped=0.4, seed=2),
+        Case(tokens=(4, 4), dropped=1.0),
+        Case(tokens=(9, 2), hot_rank=1, top_k=3, seed=3),
+        Case(tokens=(1, 1), hidden=1, slots=1, top_k=1),
+        Case(tokens=(6, 6), hidden=5, dtype=torch.bfloat16, seed=4),
+        Case(tokens=(6, 6), hidden=7, dtype=torch.float16, seed=5),
+        Case(tokens=(60, 20), hidden=33, dtype=torch.float32, dropped=0.1, seed=6),
+    ],
+    4: [
+        Case(tokens=(5, 0, 7, 2), slots=4, top_k=4),
+        Case(tokens=(30, 31, 32, 0), slots=2, top_k=8, dropped=0.2, seed=1),
+        Case(tokens=(3, 3, 3, 3), hot_rank=2, slots=4, top_k=3, seed=2),
+    ],
+}
+
+
+def expert_matrix(global_slot, hidden, dtype):
+    draw = torch.Generator().manual_seed(global_slot)
+    return torch.randn(hidden, hidden, generator=draw, dtype=torch.float64).to(dtype)
+
+
+def run_experts(rows, tokens_per_slot, rank, slots):
+    blocks = rows.split(tokens_per_slot.tolist())
+    return torch.cat(
+        [
+            block @ expert_matrix(rank * slots + local, rows.shape[1], rows.dtype)
+            for local, block in enumerate(blocks)
+        ]
+    )
+
+
+def expected(x, slot, weight):
+    """Every token through all its experts in one process, in the summing order of float64."""
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for token, choice in (slot >= 0).nonzero().tolist():
+        matrix = expert_matrix(int(slot[token, choice]), x.shape[1], x.dtype)
+        row = (x[token : token + 1] @ matrix)[0].double()
+        out[token] = out[token] + weight[token, choice].double() * row
+    return out
+
+
+def _matches_one_process(rank, ranks, backend):
+    for case in CASES[ranks]:
+        x, slot, weight = case.inputs(rank, ranks)
+        x.requires_grad_()
+        weight.requires_grad_()
+        dispatcher = create_dispatcher(backend, group=dist.group.WORLD, slots_per_rank=case.slots)
+        dispatched = dispatcher.dispatch(x, slot, weight)
+        assert int(dispatched.tokens_per_slot_S.sum()) == len(dispatched.rows_RD)
+        y = run_experts(dispatched.rows_RD, dispatched.tokens_per_slot_S, rank, case.slots)
+        out = dispatcher.combine(y, dispatched)
+        assert out.dtype == case.dtype
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(case.dtype, 0.1)
+        want = expected(x, slot, weight)
+        assert torch.allclose(out.double(), want, rtol=tolerance, atol=tolerance), case
+
+        probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(rank)).to(case.dtype)
+        (out * probe).sum().backward()
+        got = x.grad.clone(), weight.grad.clone()
+        x.grad = weight.grad = None
+        if want.requires_grad:  # not where this rank has no route at all
+            (want * probe.double()).sum().backward()
+        for mine, reference in zip(got, (x.grad, weight.grad)):
+            reference = torch.zeros_like(mine) if reference is None else reference
+            assert torch.allclose(mine, reference, rtol=tolerance, atol=2 * tolerance), case
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_outputs_and_gradients_equal_one_process_for_every_shape(backend, ranks):
+    run_ranks(_matches_one_process, ranks, backend)
+
+
+def _backends_agree_and_repeat(rank, ranks):
+    case = CASES[ranks][-1]
+    x, slot, weight = case.inputs(rank, ranks)
+    outputs, orders = [], []
+    for backend in ("torch", "torch", "reference"):
+        dispatcher = create_dispatcher(backend, group=dist.group.WORLD, slots_per_rank=case.slots)
+        dispatched = dispatcher.dispatch(x, slot, weight)
+        orders.append(dispatched.rows_RD)
+        outputs.append(dispatcher.combine(dispatched.rows_RD, dispatched))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(orders[0], orders[2])
+    assert torch.allclose(outputs[0], outputs[2], rtol=1e-12, atol=1e-12)
+
+
+def test_row_order_is_the_contract_and_results_repeat_bit_for_bit():
+    run_ranks(_backends_agree_and_repeat, 4)
+
+
+def random_trace(*, tokens, layers, experts, top_k, seed=0):
+    draw = np.random.default_rng(seed)
+    routes = draw.random((tokens, layers, experts)).argsort(axis=2)[:, :, :top_k]
+    return RoutingTrace(
+        fingerprint=ModelFingerprint(
+            architecture="test",
+            layer_ids=tuple(range(layers)),
+            num_experts=experts,
+            top_k=top_k,
+        ),
+        experts=routes.astype(np.uint8),
+        offsets=np.array([0, tokens]),
+        token_id=np.zeros(tokens, dtype=np.int32),
+    )
+
+
+def replicated_placement(*, layers, experts, ranks, seed=0):
+    """Two spare slots a rank, filled with experts that the rank does not hold yet."""
+    draw = np.random.default_rng(seed)
+    own = experts // ranks
+    table = np.empty((layers, ranks, own + 2), dtype=np.int32)
+    for layer in range(layers):
+        table[layer, :, :own] = draw.permutation(experts).reshape(ranks, own)
+        for rank in range(ranks):
+            others = np.setdiff1d(np.arange(experts), table[layer, rank, :own])
+            table[layer, rank, own:] = draw.choice(others, 2, replace=False)
+    return Placement(
+        physical_to_logical_map=table.reshape(layers, -1), num_experts=experts, ep_size=ranks
+    )
+
+
+def _counters(rank, ranks, trace, placement, home, hidden):
+    tables = torch.from_numpy(slot_tables(placement, rank=rank))
+    dispatcher = create_dispatcher(
+        "torch",
+        group=dist.group.WORLD,
+        slots_per_rank=placement.slots_per_rank,
+        num_layers=placement.num_layers,
+    )
+    mine = torch.from_numpy(trace.experts[home == rank].astype(np.int64))
+    for layer in range(placement.num_layers):
+        slot = remap(tables[layer], mine[:, layer])
+        x = torch.ones(len(mine), hidden, dtype=torch.bfloat16)
+        dispatched = dispatcher.dispatch(x, slot, torch.ones(slot.shape), layer=layer)
+        dispatcher.combine(dispatched.rows_RD, dispatched)
+    return dispatcher.stats
+
+
+@pytest.mark.parametrize("replicas", [False, True])
+def test_bytes_on_the_wire_equal_the_cost_model_exactly(replicas):
+    layers, experts, ranks, hidden = 3, 16, 4, 20
+    trace = random_trace(tokens=203, layers=layers, experts=experts, top_k=4)
+    home = np.random.default_rng(1).integers(0, ranks, trace.num_tokens)
+    placement = (
+        replicated_placement(layers=layers, experts=experts, ranks=ranks)
+        if replicas
+        else Placement.contiguous(num_layers=layers, num_experts=experts, ep_size=ranks)
+    )
+    stats = run_ranks(_counters, ranks, trace, placement, home, hidden)
+    cost = evaluate(placement, trace, home)
+
+    rows = np.stack([s.rows_dispatch for s in stats], axis=1)
+    assert np.array_equal(rows, cost.rows_between_ranks)
+    wire = np.stack([s.bytes_dispatch.sum(axis=0) for s in stats])
+    np.fill_diagonal(wire, 0)
+    assert np.array_equal(wire, cost.bytes_between_ranks(2 * hidden))
+    back = np.stack([s.bytes_combine.sum(axis=0) for s in stats])
+    np.fill_diagonal(back, 0)
+    assert np.array_equal(back, wire.T)
+
+    tokens = np.stack([s.tokens for s in stats])
+    assert np.array_equal(tokens.sum(axis=0), [trace.num_tokens] * layers)
+    local = sum(s.activations[:, rank] for rank, s in enumerate(stats))
+    assert np.allclose(local / (trace.num_tokens * 4), cost.lar)
+    remote = sum(s.remote_copies() * s.tokens for s in stats) / trace.num_tokens
+    assert np.allclose(remote, cost.remote_copies)
+    computed = np.stack([s.slot_activations.sum(axis=1) for s in stats], axis=1)
+    assert np.array_equal(computed, sum(s.activations for s in stats))
+
+
+def test_metadata_is_counted_apart():
+    trace = random_trace(tokens=8, layers=1, experts=4, top_k=2)
+    placement = Placement.contiguous(num_layers=1, num_experts=4, ep_size=2)
+    home = np.arange(8) % 2
+    for stats in run_ranks(_counters, 2, trace, placement, home, 16):
+        # A row of 32 bytes, then 2 weights of 4 bytes and 2 slots of 4, each on 16 bytes.
+        assert np.array_equal(stats.bytes_dispatch, stats.rows_dispatch * 32)
+        assert np.array_equal(stats.bytes_metadata, 8 + stats.rows_dispatch * 32)
+
+
+def _masked(rank, ranks):
+    dispatcher = create_dispatcher("torch", group=dist.group.WORLD, slots_per_rank=2)
+    mask = torch.tensor([True, False, True])
+    slot = remap(torch.arange(4), torch.tensor([[0, 3], [1, 2], [2, 1]]), mask)
+    dispatched = dispatcher.dispatch(torch.ones(3, 4), slot, torch.ones(3, 2))
+    out = dispatcher.combine(dispatched.rows_RD, dispatched)
+    assert out[:, 0].tolist() == [2.0, 0.0, 2.0]
+    return int(dispatcher.stats.tokens[0]), int(dispatcher.stats.activations.sum())
+
+
+def test_padding_tokens_are_neither_sent_nor_counted():
+    assert run_ranks(_masked, 2) == [(2, 4), (2, 4)]
+
+
+def _bad_inputs(rank, ranks):
+    dispatcher = create_dispatcher("torch", group=dist.group.WORLD, slots_per_rank=2)
+    good = torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2)
+    for position, bad, match in (
+        (1, torch.full((3, 2), 4), "leave the range -1..1"),
+        (1, torch.zeros(2, 2, dtype=torch.long), r"\[T, K\]"),
+        (0, torch.ones(3, 4, dtype=torch.long), "floating point"),
+        (1, torch.zeros(3, 2), "slots must be integers"),
+    ):
+        arguments = list(good)
+        arguments[position] = bad
+        with pytest.raises(BackendError, match=match):
+            dispatcher.dispatch(*arguments)
+    with pytest.raises(BackendError, match="there is no such dispatch backend"):
+        create_dispatcher("deepep2", group=dist.group.WORLD, slots_per_rank=2)
+
+
+def test_impossible_inputs_are_refused_before_anything_is_sent():
+    run_ranks(_bad_inputs, 1)
+
+
+def _survive(rank, ranks, how):
+    dispatcher = create_dispatcher("torch", group=dist.group.WORLD, slots_per_rank=2)
+    x, slot, weight = torch.ones(4, 8), torch.tensor([[0, 2]] * 4), torch.ones(4, 2)
+    dispatcher.combine((d := dispatcher.dispatch(x, slot, weight)).rows_RD, d)
+    if rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(30)
+    start = time.monotonic()
+    with pytest.raises(PeerFailureError, match=f"failed on rank {rank} of {ranks}"):
+        dispatcher.combine((d := dispatcher.dispatch(x, slot, weight)).rows_RD, d)
+    return time.monotonic() - start
+
+
+def test_a_killed_rank_is_an_error_for_the_others_at_once():
+    waited = run_ranks(_survive, 3, "killed", dying=[1])
+    assert waited[0] < 10
+    assert waited[2] < 10
