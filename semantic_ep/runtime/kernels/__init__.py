@@ -1,0 +1,1 @@
+"""CUDA kernels for dispatch, combine, shuffled reduce-scatter and all-gather; see README.md."""

@@ -1,0 +1,437 @@
+"""Several ranks in one process on the emulator, and a float64 reference of what they must compute.
+
+No torch: the same file runs inside processes that preload a sanitizer.
+
+Shapes: T tokens of a rank, D hidden, K top-k, S slots a rank, G ranks, R rows of a rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from semantic_ep.runtime.kernels import abi
+from semantic_ep.runtime.kernels.endpoint import EMULATED_GRID, Endpoint, MoeHeap, ShuffleHeap
+
+DTYPES = {"f32": abi.Dtype.F32, "f16": abi.Dtype.F16, "bf16": abi.Dtype.BF16, "f64": abi.Dtype.F64}
+# Half the distance between 1 and the next number.
+ROUNDING = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8, "f64": 2.0**-53}
+# A sum of up to 64 terms in the accumulator; subnormal halves lose more.
+ACCUMULATION = {"f32": 2.0**-18, "f16": 2.0**-18, "bf16": 2.0**-18, "f64": 2.0**-46}
+SMALLEST = {"f32": 1e-38, "f16": 2.0**-24, "bf16": 1e-38, "f64": 1e-300}
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round float64 to a storage array of the dtype."""
+    if dtype == "bf16":
+        bits = values.astype(np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return values.astype({"f32": np.float32, "f16": np.float16, "f64": np.float64}[dtype])
+
+
+def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Storage array to float64, exactly."""
+    if dtype == "bf16":
+        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return stored.astype(np.float64)
+
+
+def storage(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An array filled with NaN, so that what was not written shows."""
+    return encode(np.full(shape, np.nan), dtype)
+
+
+def address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeCase:
+    """One run: `iterations` forward and backward passes, queued without waiting in between."""
+
+    tokens: tuple[int, ...]  # of each rank
+    topk: int = 2
+    slots_per_rank: int = 3
+    hidden: int = 24
+    dtype: str = "bf16"
+    seed: int = 0
+    iterations: int = 2
+    dropped: float = 0.1
+    hot_rank: bool = False
+    scale_bytes: int = 0
+    max_resident_blocks: int = 0
+    blocks: int = EMULATED_GRID.blocks
+    threads: int = EMULATED_GRID.threads
+    backward: bool = True
+
+    @property
+    def ranks(self) -> int:
+        return len(self.tokens)
+
+
+class VirtualGroup:
+    """Heaps, states and endpoints of all ranks, in this process's memory."""
+
+    def __init__(
+        self,
+        library: abi.EmulatorLibrary,
+        heap_bytes: int,
+        ranks: int,
+        *,
+        timeout_s: float = 0.0,
+        blocks: int = EMULATED_GRID.blocks,
+        threads: int = EMULATED_GRID.threads,
+    ) -> None:
+        self.library = library
+        self.heaps = [np.zeros(-(-heap_bytes // 16) * 2, np.uint64) for _ in range(ranks)]
+        self.states = [np.zeros(ctypes.sizeof(abi.State), np.uint8) for _ in range(ranks)]
+        self.statuses = [np.zeros(ctypes.sizeof(abi.Status), np.uint8) for _ in range(ranks)]
+        grid = dataclasses.replace(EMULATED_GRID, blocks=blocks, threads=threads)
+        self.endpoints = []
+        for rank in range(ranks):
+            stream = library.new_stream(rank)
+            endpoint = Endpoint(
+                library,
+                rank=rank,
+                heaps=[heap.ctypes.data for heap in self.heaps],
+                state=self.states[rank].ctypes.data,
+                status=self.statuses[rank].ctypes.data,
+                stream=lambda stream=stream: stream,
+                grid=grid,
+                timeout_s=timeout_s,
+            )
+            self.endpoints.append(endpoint)
+
+    def raise_failures(self) -> None:
+        for endpoint in self.endpoints:
+            endpoint.raise_failure()
+
+
+class MoePass:
+    """One rank's forward and backward pass: inputs, and buffers that the kernels fill."""
+
+    def __init__(
+        self, group: VirtualGroup, heap: MoeHeap, case: MoeCase, rank: int, rng: np.random.Generator
+    ) -> None:
+        self.case, self.rank, self.endpoint = case, rank, group.endpoints[rank]
+        tokens, ranks, topk, slots = case.tokens[rank], case.ranks, case.topk, case.slots_per_rank
+        self.slot_TK = draw_slots(case, tokens, rng)
+        weight_type = np.float64 if case.dtype == "f64" else np.float32
+        self.weight_TK = rng.random((tokens, topk)).astype(weight_type)
+        self.x_TD = encode(rng.standard_normal((tokens, case.hidden)), case.dtype)
+        self.scales = rng.integers(0, 256, (tokens, case.scale_bytes), np.uint8)
+        self.grad_TD = encode(rng.standard_normal((tokens, case.hidden)), case.dtype)
+        most = max(1, ranks * heap.capacity * topk)
+        received = ranks * heap.capacity
+        self.y_RD = encode(rng.standard_normal((most, case.hidden)), case.dtype)
+        self.row_grad_R = rng.standard_normal(most).astype(weight_type)
+        self.buffers: dict[str, np.ndarray] = {
+            "rank_position": np.full((tokens, ranks), -7, np.int32),
+            "entry_position": np.full((tokens, topk), -7, np.int32),
+            "rank_count": np.zeros(ranks, np.int32),
+            "slot_count": np.zeros(ranks * slots, np.int32),
+            "recv_count": np.zeros(ranks, np.int32),
+            "tokens_per_slot": np.zeros(slots, np.int32),
+            "slot_base": np.zeros((ranks, slots), np.int32),
+            "total_rows": np.zeros(1, np.int32),
+            "expanded_row": np.full((received, topk), -7, np.int32),
+            "source_token": np.full(received, -7, np.int32),
+            "rows": storage((most, case.hidden), case.dtype),
+            "row_scales": np.zeros((most, max(1, case.scale_bytes)), np.uint8),
+            "row_weight": np.full(most, np.nan, weight_type),
+        }
+        self.out_TD = storage((tokens, case.hidden), case.dtype)
+        self.x_grad_TD = storage((tokens, case.hidden), case.dtype)
+        self.weight_grad_TK = np.full((tokens, topk), np.nan, weight_type)
+        self.y_grad_RD = storage((most, case.hidden), case.dtype)
+        self.row_weight_grad_R = np.full(most, np.nan, weight_type)
+        self._common = moe_sizes(heap, case, tokens) | {
+            "group": self.endpoint.group,
+            "max_rows": most,
+            "slot": address(self.slot_TK),
+            "weight": address(self.weight_TK),
+            **{name: address(array) for name, array in self.buffers.items()},
+        }
+
+    def arguments(self, **changes: Any) -> abi.Moe:
+        return abi.Moe(**(self._common | changes))
+
+    def queue(self) -> None:
+        forward = self.arguments(x=address(self.x_TD), scales=address(self.scales))
+        self.endpoint.queue_routes(forward)
+        self.endpoint.queue_expand(forward)
+        self.endpoint.queue_combine(self.arguments(y=address(self.y_RD), out=address(self.out_TD)))
+        if not self.case.backward:
+            return
+        self.endpoint.queue_combine_grad(
+            self.arguments(
+                scale_bytes=0,
+                x=address(self.grad_TD),
+                y=address(self.y_RD),
+                y_grad=address(self.y_grad_RD),
+                row_weight_grad=address(self.row_weight_grad_R),
+            )
+        )
+        self.endpoint.queue_combine(
+            self.arguments(
+                y=address(self.y_RD),
+                row_weight=None,
+                row_grad=address(self.row_grad_R),
+                out=address(self.x_grad_TD),
+                route_grad=address(self.weight_grad_TK),
+            )
+        )
+
+
+def moe_heap(case: MoeCase, capacity: int | None = None) -> MoeHeap:
+    row_bytes = case.hidden * storage((1,), case.dtype).itemsize
+    return MoeHeap(
+        num_ranks=case.ranks,
+        slots_per_rank=case.slots_per_rank,
+        capacity=max(1, *case.tokens) if capacity is None else capacity,
+        topk=case.topk,
+        row_bytes=row_bytes,
+        scale_bytes=case.scale_bytes,
+        partial_bytes=row_bytes,
+    )
+
+
+def moe_sizes(heap: MoeHeap, case: MoeCase, tokens: int) -> dict[str, int]:
+    offsets = heap.offsets()
+    del offsets["end"]
+    return {
+        "tokens": tokens,
+        "topk": heap.topk,
+        "slots_per_rank": heap.slots_per_rank,
+        "capacity": heap.capacity,
+        "row_bytes": heap.row_bytes,
+        "scale_bytes": heap.scale_bytes,
+        "row_stride": heap.row_stride,
+        "scale_stride": heap.scale_stride,
+        "partial_stride": heap.partial_stride,
+        "hidden": case.hidden,
+        "dtype": DTYPES[case.dtype],
+        "weight_words": 2 if case.dtype == "f64" else 1,
+        **offsets,
+    }
+
+
+def draw_slots(case: MoeCase, tokens: int, rng: np.random.Generator) -> np.ndarray:
+    """[T, K] int32 distinct slots, some routes dropped."""
+    slots = case.ranks * case.slots_per_rank
+    order = rng.random((tokens, slots))
+    if case.hot_rank:
+        order[:, : case.slots_per_rank] -= 1  # every token goes to rank 0 first
+    slot_TK = np.argsort(order, axis=1)[:, : case.topk].astype(np.int32)
+    slot_TK[rng.random(slot_TK.shape) < case.dropped] = -1
+    return np.ascontiguousarray(slot_TK)
+
+
+def run_moe(library: abi.EmulatorLibrary, case: MoeCase) -> list[list[MoePass]]:
+    """Queue all iterations of all ranks, run them, and check every output. [iteration][rank]"""
+    library.configure(seed=case.seed, max_resident_blocks=case.max_resident_blocks)
+    rng = np.random.default_rng(case.seed)
+    heap = moe_heap(case)
+    group = VirtualGroup(
+        library, heap.offsets()["end"], case.ranks, blocks=case.blocks, threads=case.threads
+    )
+    passes = [
+        [MoePass(group, heap, case, rank, rng) for rank in range(case.ranks)]
+        for _ in range(case.iterations)
+    ]
+    for rank in rng.permutation(case.ranks):
+        for iteration in passes:
+            iteration[rank].queue()
+    library.synchronize()
+    group.raise_failures()
+    for iteration in passes:
+        check_moe(case, heap, iteration)
+    return passes
+
+
+def expected_rows(
+    case: MoeCase, passes: list[MoePass], rank: int
+) -> list[tuple[int, int, int, int]]:
+    """(slot, source rank, token, k) of each row of a rank, in order."""
+    rows = []
+    for source, one in enumerate(passes):
+        for token, k in zip(*np.nonzero(one.slot_TK // case.slots_per_rank == rank)):
+            if one.slot_TK[token, k] >= 0:
+                rows.append((int(one.slot_TK[token, k]), source, int(token), int(k)))
+    return sorted(rows)
+
+
+def check_moe(case: MoeCase, heap: MoeHeap, passes: list[MoePass]) -> None:
+    """Compare everything the ranks computed with the float64 reference."""
+    ranks, dtype, hidden = case.ranks, case.dtype, case.hidden
+    weight_y = [np.zeros((case.tokens[r], ranks, hidden)) for r in range(ranks)]
+    plain_y = [np.zeros_like(part) for part in weight_y]
+    magnitude = [np.zeros((case.tokens[r], hidden)) for r in range(ranks)]
+    plain_magnitude = [np.zeros_like(part) for part in magnitude]
+    weight_grad = [np.zeros((case.tokens[r], case.topk)) for r in range(ranks)]
+    for rank, here in enumerate(passes):
+        rows = expected_rows(case, passes, rank)
+        buffers = here.buffers
+        assert buffers["total_rows"][0] == len(rows)
+        per_slot = [
+            sum(r[0] == rank * case.slots_per_rank + s for r in rows)
+            for s in range(case.slots_per_rank)
+        ]
+        assert buffers["tokens_per_slot"].tolist() == per_slot
+        pairs = {(source, token) for _, source, token, _ in rows}
+        received = [sum(source == s for source, _ in pairs) for s in range(ranks)]
+        assert buffers["recv_count"].tolist() == received, "each (token, rank) pair travels once"
+        y = decode(here.y_RD, dtype)
+        for index, (_, source, token, k) in enumerate(rows):
+            origin = passes[source]
+            np.testing.assert_array_equal(buffers["rows"][index], origin.x_TD[token])
+            if case.scale_bytes:
+                np.testing.assert_array_equal(buffers["row_scales"][index], origin.scales[token])
+            weight = float(origin.weight_TK[token, k])
+            assert buffers["row_weight"][index] == weight
+            weight_y[source][token, rank] += weight * y[index]
+            plain_y[source][token, rank] += y[index]
+            magnitude[source][token] += abs(weight * y[index])
+            plain_magnitude[source][token] += abs(y[index])
+            weight_grad[source][token, k] = here.row_grad_R[index]
+            if not case.backward:
+                continue
+            g = decode(origin.grad_TD[token], dtype)
+            close(decode(here.y_grad_RD[index], dtype), weight * g, abs(weight * g), dtype)
+            dot, size = g @ y[index], np.abs(g) @ np.abs(y[index])
+            assert abs(here.row_weight_grad_R[index] - dot) <= ACCUMULATION[dtype] * size + 1e-30
+    for rank, here in enumerate(passes):
+        check_sum(here.out_TD, weight_y[rank], magnitude[rank], dtype)
+        if case.backward:
+            check_sum(here.x_grad_TD, plain_y[rank], plain_magnitude[rank], dtype)
+            np.testing.assert_array_equal(
+                here.weight_grad_TK, weight_grad[rank].astype(here.weight_grad_TK.dtype)
+            )
+
+
+def check_sum(got: np.ndarray, parts_TGD: np.ndarray, magnitude: np.ndarray, dtype: str) -> None:
+    """A sum over ranks of partial sums that were each rounded once."""
+    total = parts_TGD.sum(axis=1)
+    rounded = np.abs(parts_TGD).sum(axis=1) + np.abs(total)
+    bound = (
+        1.01 * ROUNDING[dtype] * rounded + ACCUMULATION[dtype] * magnitude + 70 * SMALLEST[dtype]
+    )
+    error = np.abs(decode(got, dtype) - total)
+    assert (error <= bound).all(), (
+        f"largest excess {np.nanmax(error - bound)}, NaN: {np.isnan(error).any()}"
+    )
+
+
+def close(got: np.ndarray, expected: np.ndarray, magnitude: np.ndarray, dtype: str) -> None:
+    bound = 1.01 * ROUNDING[dtype] * magnitude + ACCUMULATION[dtype] * magnitude + SMALLEST[dtype]
+    error = np.abs(got - expected)
+    assert (error <= bound).all(), (
+        f"largest excess {np.nanmax(error - bound)}, NaN: {np.isnan(error).any()}"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShuffleCase:
+    """Shuffled reduce-scatter, then shuffled all-gather of the result, several times."""
+
+    ranks: int
+    num_rows: int
+    hidden: int = 24
+    dtype: str = "bf16"
+    seed: int = 0
+    iterations: int = 2
+
+
+def draw_permutation(case: ShuffleCase, rng: np.random.Generator) -> np.ndarray:
+    """[G * rows_per_rank] int32, with -1 where slices are padded."""
+    rows_per_rank = -(-case.num_rows // case.ranks)
+    permutation = np.full(case.ranks * rows_per_rank, -1, np.int32)
+    permutation[: case.num_rows] = rng.permutation(case.num_rows)
+    return rng.permutation(permutation).astype(np.int32)
+
+
+def shuffle_arguments(
+    endpoint: Endpoint,
+    heap: ShuffleHeap,
+    case: ShuffleCase,
+    permutation: np.ndarray,
+    x: np.ndarray,
+    out: np.ndarray,
+) -> abi.Shuffle:
+    offsets = heap.offsets()
+    del offsets["end"]
+    return abi.Shuffle(
+        group=endpoint.group,
+        rows_per_rank=heap.rows_per_rank,
+        num_rows=heap.num_rows,
+        hidden=case.hidden,
+        row_bytes=heap.row_bytes,
+        row_stride=heap.row_stride,
+        dtype=DTYPES[case.dtype],
+        permutation=address(permutation),
+        x=address(x),
+        out=address(out),
+        **offsets,
+    )
+
+
+def run_shuffle(library: abi.EmulatorLibrary, case: ShuffleCase) -> None:
+    """Queue all iterations of all ranks, run them, and check every output."""
+    library.configure(seed=case.seed)
+    rng = np.random.default_rng(case.seed)
+    permutations = [draw_permutation(case, rng) for _ in range(case.iterations)]
+    rows_per_rank = len(permutations[0]) // case.ranks
+    row_bytes = case.hidden * storage((1,), case.dtype).itemsize
+    heap = ShuffleHeap(
+        num_ranks=case.ranks,
+        rows_per_rank=rows_per_rank,
+        num_rows=case.num_rows,
+        row_bytes=row_bytes,
+    )
+    group = VirtualGroup(library, heap.offsets()["end"], case.ranks)
+    shape, slice_shape = (case.num_rows, case.hidden), (rows_per_rank, case.hidden)
+    x = [
+        [encode(rng.standard_normal(shape), case.dtype) for _ in range(case.ranks)]
+        for _ in range(case.iterations)
+    ]
+    slices = [
+        [storage(slice_shape, case.dtype) for _ in range(case.ranks)]
+        for _ in range(case.iterations)
+    ]
+    gathered = [
+        [storage(shape, case.dtype) for _ in range(case.ranks)] for _ in range(case.iterations)
+    ]
+    kept = []
+    for rank in rng.permutation(case.ranks):
+        endpoint = group.endpoints[rank]
+        for i, permutation in enumerate(permutations):
+            scatter = shuffle_arguments(
+                endpoint, heap, case, permutation, x[i][rank], slices[i][rank]
+            )
+            gather = shuffle_arguments(
+                endpoint, heap, case, permutation, slices[i][rank], gathered[i][rank]
+            )
+            kept += [scatter, gather]
+            endpoint.queue_reduce_scatter(scatter)
+            endpoint.queue_all_gather(gather)
+    library.synchronize()
+    group.raise_failures()
+    for i, permutation in enumerate(permutations):
+        parts = np.stack([decode(one, case.dtype) for one in x[i]])
+        for rank in range(case.ranks):
+            mine = permutation[rank * rows_per_rank :][:rows_per_rank]
+            total = np.where(mine[:, None] < 0, 0, parts.sum(axis=0)[mine])
+            bound = (
+                ROUNDING[case.dtype] * 1.01 * abs(total)
+                + ACCUMULATION[case.dtype] * abs(parts).sum(axis=0)[mine]
+            )
+            error = abs(decode(slices[i][rank], case.dtype) - total)
+            assert (error <= bound + SMALLEST[case.dtype]).all()
+        for rank in range(case.ranks):
+            for m, row in enumerate(permutation):
+                if row >= 0:
+                    expected = slices[i][m // rows_per_rank][m % rows_per_rank]
+                    np.testing.assert_array_equal(gathered[i][rank][row], expected)
