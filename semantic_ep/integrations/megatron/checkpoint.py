@@ -1,0 +1,83 @@
+"""Distributed checkpoints in logical order, whatever slots the experts sit in.
+
+`dist_checkpointing` stacks the experts of a layer along one axis of a global tensor, at the index
+of their slot. Writing the logical expert instead makes the checkpoint independent of the placement:
+a contiguous one loads into a placed model and back, at any expert-parallel size. The optimizer
+derives its own entries from these, so its state follows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+
+from semantic_ep.errors import CheckpointError, explain
+
+_EXPERT_IN_KEY = re.compile(r"(?<=\.experts\.experts\.)\d+(?=\.)")
+
+
+def to_logical_order(entries: Iterable[Any], *, axis: int, slot_to_logical: Sequence[int]) -> None:
+    """Relabel the experts of one layer in place.
+
+    Args:
+        entries: Values of the layer's sharded state dict that belong to its experts.
+        axis: Axis of the global tensors along which experts are stacked.
+        slot_to_logical: [E] logical expert of each slot.
+
+    Raises:
+        CheckpointError: An entry is of a kind that carries no expert index.
+    """
+    for entry in entries:
+        if isinstance(entry, ShardedTensorFactory):
+            entry.key = _relabel_key(entry.key, slot_to_logical)
+            entry.build_fn = _relabelling(entry.build_fn, axis, slot_to_logical)
+        elif isinstance(entry, ShardedTensor | ShardedObject):
+            _relabel(entry, axis, slot_to_logical)
+        else:
+            raise CheckpointError(
+                explain(
+                    "an entry of the experts' state cannot be written in logical order",
+                    got=type(entry).__name__,
+                    allowed="ShardedTensor, ShardedTensorFactory, ShardedObject",
+                )
+            )
+
+
+def _relabelling(build: Any, axis: int, slot_to_logical: Sequence[int]) -> Any:
+    """Factories make their tensors late, from an index of their own: relabel what comes out."""
+
+    def build_in_logical_order(*args: Any, **kwargs: Any) -> Any:
+        built = build(*args, **kwargs)
+        to_logical_order(_leaves(built), axis=axis, slot_to_logical=slot_to_logical)
+        return built
+
+    return build_in_logical_order
+
+
+def _relabel(entry: ShardedTensor | ShardedObject, axis: int, slots: Sequence[int]) -> None:
+    key = _relabel_key(entry.key, slots)
+    if key != entry.key:  # One key an expert: the index is in the name, not in the offset.
+        entry.key = key
+        return
+    offset = list(entry.global_offset)
+    offset[axis] = int(slots[offset[axis]])
+    entry.global_offset = tuple(offset)
+
+
+def _relabel_key(key: str, slots: Sequence[int]) -> str:
+    return _EXPERT_IN_KEY.sub(lambda match: str(int(slots[int(match[0])])), key)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, dict):
+        return [leaf for branch in tree.values() for leaf in _leaves(branch)]
+    if isinstance(tree, list | tuple):
+        return [leaf for branch in tree for leaf in _leaves(branch)]
+    return [tree]
