@@ -48,10 +48,10 @@ def assign_requests(
     rank_R = np.zeros(requests, dtype=np.int64)
     for request in np.argsort(-tokens, kind="stable"):
         fits = held + tokens[request] <= limit
-        if fits.any():
-            choice = int(np.argmax(np.where(fits, scores[request], -np.inf)))
-        else:
-            choice = int(np.argmin(held))
+        best = np.max(scores[request], where=fits, initial=-np.inf)
+        # Equal scores, or no rank with room: the emptiest of them.
+        eligible = fits & (scores[request] == best) if fits.any() else np.ones(ranks, dtype=bool)
+        choice = int(np.argmin(np.where(eligible, held, np.inf)))
         rank_R[request] = choice
         held[choice] += tokens[request]
     # One unit of token excess outweighs any affinity that could be gained for it.
@@ -73,8 +73,7 @@ def _improve(
     penalty: float,
 ) -> bool:
     """Apply the best single move or swap in place; False when none helps."""
-    requests, ranks = scores.shape
-    index = np.arange(requests)
+    index = np.arange(len(scores))
     current = scores[index, rank_R]
     excess = np.maximum(held_G - limit, 0)
     left = np.maximum(held_G[rank_R] - tokens - limit, 0) - excess[rank_R]

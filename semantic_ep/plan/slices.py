@@ -39,7 +39,8 @@ def equal_slices(scores: np.ndarray) -> np.ndarray:
         scores: [T, G], or [B, T, G] for B independent batches: gain of a token on each rank.
 
     Returns:
-        [T] or [B, T] int64 of maximal total score; rank g gets `slice_sizes(T, G)[g]` tokens.
+        [T] or [B, T] int64 of maximal total score, to within 1e-7 of the scores' range a token;
+        rank g gets `slice_sizes(T, G)[g]` tokens.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim not in (2, 3) or not np.isfinite(scores).all():
@@ -51,6 +52,7 @@ def equal_slices(scores: np.ndarray) -> np.ndarray:
     if batches.size == 0 or ranks == 1:
         return np.zeros(scores.shape[:-1], dtype=np.int64)
     sizes = slice_sizes(tokens, ranks)
+    batches = batches + _tie_breaker(batches)
     price = _prices(batches, sizes)
     home = (batches - price[:, None, :]).argmax(axis=2)
     _augment(batches, home, sizes)
@@ -63,6 +65,12 @@ def slices_in_batches(scores_NG: np.ndarray, *, batch: int) -> np.ndarray:
     whole = tokens - tokens % batch
     full = equal_slices(scores_NG[:whole].reshape(-1, batch, ranks)).reshape(-1)
     return np.concatenate([full, equal_slices(scores_NG[whole:])]) if whole < tokens else full
+
+
+def _tie_breaker(scores: np.ndarray) -> np.ndarray:
+    """[T, G], too small to matter: copies of one token id need not all change rank together."""
+    scale = float(np.ptp(scores)) or 1.0
+    return 1e-7 * scale * np.random.default_rng(0).random(scores.shape[1:])
 
 
 def _prices(scores: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,147 @@
+"""`semantic-ep plan`: from a routing profile to a plan, judged on held-out routing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from semantic_ep.topology import Topology
+
+COMPARED = ("contiguous", "random", "eplb")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "--profile", type=Path, required=True, metavar="DIR", help="routing profile to plan on"
+    )
+    parser.add_argument(
+        "--holdout", type=Path, metavar="DIR", help="trace of other requests, to judge the plan on"
+    )
+    parser.add_argument("--ep-size", type=int, required=True, metavar="G", help="EP ranks")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--policy", default="semantic", help="placement policy (default: semantic)")
+    parser.add_argument(
+        "--mode",
+        choices=("requests", "tokens"),
+        default="requests",
+        help="what gets a home rank: whole requests (attention-DP), or tokens anew in each layer "
+        "(attention-TP with the shuffled collectives)",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--topology", type=Path, metavar="JSON", help="nodes and links of the ranks")
+    where.add_argument("--hostfile", type=Path, help="DeepSpeed or MPI hostfile")
+    where.add_argument("--slurm", action="store_true", help="read nodes from Slurm's variables")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for the solver")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    parser.add_argument("--dry-run", action="store_true", help="judge, but write nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Solve, judge, print, write."""
+    from semantic_ep.cli import EXIT_NO, EXIT_OK
+    from semantic_ep.observe.profile import RoutingProfile
+    from semantic_ep.observe.traces import RoutingTrace
+    from semantic_ep.plan.plan import Plan
+    from semantic_ep.plan.policies import policy
+    from semantic_ep.plan.schedule import Schedule
+    from semantic_ep.plan.verdict import verdict
+
+    profile = RoutingProfile.read(args.profile)
+    holdout = RoutingTrace.load(args.holdout) if args.holdout else None
+    if holdout is not None:
+        profile.fingerprint.check(holdout.fingerprint, what=f"--holdout {args.holdout}")
+    topology = _topology(args)
+    names = [name for name in COMPARED if name != args.policy] + [args.policy]
+    placements, seconds = {}, {}
+    for name in names:
+        started = time.perf_counter()
+        chosen = policy(
+            "semantic-requests" if name == "semantic" and args.mode == "requests" else name
+        )
+        placements[name] = chosen.place(
+            profile,
+            ep_size=args.ep_size,
+            seed=args.seed,
+            time_limit=args.time_limit,
+            topology=topology,
+        )
+        seconds[name] = time.perf_counter() - started
+    account = verdict(
+        placements,
+        chosen=args.policy,
+        profile=profile,
+        holdout=holdout,
+        mode=args.mode,
+        topology=topology,
+    )
+    for row in account["policies"]:
+        row["solve_seconds"] = seconds[row["policy"]]
+    plan = Plan(
+        placement=placements[args.policy],
+        schedule=Schedule.from_profile(profile, placements[args.policy]),
+        verdict=account,
+        fingerprint=profile.fingerprint,
+    )
+    result: dict[str, Any] = {"verdict": account, "output": None, "sha256": None}
+    if not args.dry_run:
+        result["sha256"] = plan.save(args.output, {"profile": profile.sha256})
+        result["output"] = str(args.output)
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print(account, plan, result)
+    return EXIT_OK if account["worth_it"] else EXIT_NO
+
+
+def _topology(args: argparse.Namespace) -> Topology:
+    import os
+
+    from semantic_ep.topology import Topology
+
+    if args.topology:
+        return Topology.from_json(args.topology).first(args.ep_size)
+    if args.hostfile:
+        return Topology.from_hostfile(args.hostfile).first(args.ep_size)
+    if args.slurm:
+        return Topology.from_slurm(os.environ).first(args.ep_size)
+    return Topology.uniform(args.ep_size)
+
+
+def _print(account: dict[str, Any], plan: Any, result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"EP{account['ep_size']}, {account['mode']}, {account['tokens']} "
+        f"{'held-out' if account['held_out'] else 'in-sample'} tokens, mean over layers"
+    )
+    columns = {
+        "policy": "placement",
+        "schedule": "home rank",
+        "lar": "LAR",
+        "remote_copies": "remote copies",
+        "node_copies": "node copies",
+        "load_max_over_mean": "expert load max/mean",
+        "tokens_max_over_mean": "tokens max/mean",
+        "solve_seconds": "solve s",
+    }
+    for name, heading in columns.items():
+        table.add_column(heading, justify="left" if name in ("policy", "schedule") else "right")
+    for row in account["policies"]:
+        table.add_row(
+            *(
+                f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key])
+                for key in columns
+            )
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"schedule tables: {plan.schedule.nbytes / 2**20:.1f} MiB on each rank")
+    console.print(account["summary"])
+    console.print(f"written to {result['output']}" if result["output"] else "dry run: not written")
