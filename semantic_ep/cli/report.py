@@ -1,0 +1,63 @@
+"""`semantic-ep report`: draw what the stages of a run measured."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from semantic_ep.tracking import WandbSetting
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="where to write (default: RUN)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print report.json instead, and write nothing"
+    )
+    parser.add_argument(
+        "--wandb",
+        choices=("auto", "online", "offline", "disabled"),
+        default="disabled",
+        help="log numbers and pictures to Weights & Biases, too (default: disabled)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, draw, say where it is."""
+    from semantic_ep.cli import EXIT_OK
+    from semantic_ep.report.build import build_report
+    from semantic_ep.report.write import to_json, write_report
+
+    report = build_report(args.run_dir)
+    if args.json:
+        print(to_json(report), end="")
+        return EXIT_OK
+    output = args.output or args.run_dir
+    files = write_report(report, output)
+    if args.wandb != "disabled":
+        _log(report, files, output, args.wandb)
+    print(report["headline"]["sentence"])
+    for stage in report["stages"]:
+        if not stage["done"]:
+            print(f"not run: {stage['title']} ({stage['source']} is not there)")
+    print(f"written: {files[-1]}")
+    return EXIT_OK
+
+
+def _log(report: dict[str, Any], files: list[Path], output: Path, wandb: WandbSetting) -> None:
+    from semantic_ep.tracking import Tracker
+
+    with Tracker.start(output, job_type="report", wandb=wandb) as tracker:
+        prefix = "serving" if report["serve"] else "plan"
+        for number in report["headline"]["numbers"]:
+            for side in ("before", "after"):
+                tracker.log({f"{prefix}/{number['id']}/{side}": number[side]})
+        for file in files:
+            if file.suffix == ".png":
+                tracker.log_image(f"{prefix}/{file.stem}", file)
+        tracker.log_artifact(files[-1], "report")

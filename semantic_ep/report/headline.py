@@ -1,0 +1,147 @@
+"""The first screen: should this be turned on, and what does one get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Fewer bytes saved than this are not worth a restart with another placement.
+WORTHWHILE_SHARE = 0.05
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer from served counters where there are any, else from the plan's held-out estimate."""
+    if report["serve"] is not None:
+        return _served(report["serve"])
+    if report["plan"] is not None:
+        return _planned(report["plan"])
+    return {
+        "answer": "unknown",
+        "sentence": "This run has no plan yet, so there is nothing to compare.",
+        "basis": "",
+        "numbers": [],
+    }
+
+
+def _served(serve: Mapping[str, Any]) -> dict[str, Any]:
+    before, after = serve["modes"]["before"], serve["modes"]["after"]
+    source = serve["source"]
+    numbers = [
+        _number(
+            "lar",
+            "Local activation rate",
+            before["lar_mean"],
+            after["lar_mean"],
+            better="higher",
+            unit="share",
+            source=f"{source}: modes.*.lar",
+            how=f"mean over layers, {serve['ep_size']} ranks",
+        ),
+        _number(
+            "remote_copies",
+            "Remote copies of a token",
+            before["remote_copies_mean"],
+            after["remote_copies_mean"],
+            better="lower",
+            unit="copies",
+            source=f"{source}: modes.*.remote_copies",
+            how="mean over layers",
+        ),
+        _number(
+            "wire_bytes",
+            "All-to-all traffic",
+            before["wire_bytes_total"],
+            after["wire_bytes_total"],
+            better="lower",
+            unit="bytes",
+            source=f"{source}: modes.*.bytes_dispatch + bytes_combine, off the diagonal",
+            how="sum over layers and ranks, as sent",
+        ),
+        _number(
+            "busiest_rank",
+            "Busiest rank, of the mean",
+            before["busiest_rank_mean"],
+            after["busiest_rank_mean"],
+            better="lower",
+            unit="ratio",
+            source=f"{source}: modes.*.rank_load",
+            how="max over mean of activations a rank, mean over layers",
+        ),
+    ]
+    same = serve["identical_outputs"]
+    saved = -(numbers[2]["change"] or 0.0)
+    identical = same["between_modes"] and same["to_single_process"]
+    return {
+        "answer": "yes" if identical and saved >= WORTHWHILE_SHARE else "no",
+        "sentence": _sentence(serve["ep_size"], saved, same),
+        "basis": "served",
+        "numbers": numbers,
+    }
+
+
+def _sentence(ep_size: int, saved: float, same: Mapping[str, Any]) -> str:
+    if not same["between_modes"]:
+        return "Do not use this plan: outputs changed between contiguous and semantic placement."
+    if not same["to_single_process"]:
+        return "Do not use this set-up: outputs differ from the model in a single process."
+    change = f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} all-to-all bytes"
+    if saved >= WORTHWHILE_SHARE:
+        return f"Worth turning on: {change} on {ep_size} ranks, with identical outputs."
+    return f"Not worth turning on here: {change} on {ep_size} ranks, with identical outputs."
+
+
+def _planned(plan: Mapping[str, Any]) -> dict[str, Any]:
+    rows = plan["policies"]
+    before = next(row for row in rows if row["policy"] == "contiguous")
+    after = rows[-1]
+    source = f"{plan['source']}: meta.verdict.policies"
+    kind = "held-out" if plan["held_out"] else "in-sample"
+    how = f"mean over layers, {plan['tokens']} {kind} tokens"
+    labels = {
+        "lar": ("Local activation rate", "share", "higher"),
+        "remote_copies": ("Remote copies of a token", "copies", "lower"),
+        "load_max_over_mean": ("Busiest rank, of the mean", "ratio", "lower"),
+        "tokens_max_over_mean": ("Fullest rank in tokens, of the mean", "ratio", "lower"),
+    }
+    return {
+        "answer": "yes" if plan["worth_it"] else "no",
+        "sentence": f"Estimated, not yet served: {plan['summary']}.",
+        "basis": kind,
+        "numbers": [
+            _number(
+                name,
+                label,
+                before[name],
+                after[name],
+                better=better,
+                unit=unit,
+                source=source,
+                how=how,
+            )
+            for name, (label, unit, better) in labels.items()
+        ],
+    }
+
+
+def _number(
+    identity: str,
+    label: str,
+    before: float,
+    after: float,
+    *,
+    better: str,
+    unit: str,
+    source: str,
+    how: str,
+) -> dict[str, Any]:
+    return {
+        "id": identity,
+        "label": label,
+        "unit": unit,
+        "before": before,
+        "after": after,
+        "change": after - before if unit == "share" else after / before - 1 if before else None,
+        "better": better,
+        "source": source,
+        "how": how,
+    }

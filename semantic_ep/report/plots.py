@@ -1,0 +1,274 @@
+"""Pictures of a report, in a light and a dark theme. They draw `report.json` and compute nothing.
+
+Colours are told apart by readers with any colour vision: baseline and result differ in lightness
+and hue, ceiling and floor in line style too, and heat maps use one hue from faint to strong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 160
+Report = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of one appearance."""
+
+    name: str
+    surface: str
+    ink: str
+    muted: str
+    grid: str
+    before: str
+    after: str
+    ceiling: str
+    heat: tuple[str, ...]
+
+    def rc(self) -> Any:
+        """Settings for `matplotlib.rc_context`."""
+        return {
+            "figure.facecolor": self.surface,
+            "axes.facecolor": self.surface,
+            "savefig.facecolor": self.surface,
+            "text.color": self.ink,
+            "axes.labelcolor": self.muted,
+            "axes.edgecolor": self.grid,
+            "axes.titlecolor": self.ink,
+            "axes.titlesize": 10.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "grid.color": self.grid,
+            "grid.linewidth": 0.8,
+            "xtick.color": self.muted,
+            "ytick.color": self.muted,
+            "xtick.labelsize": 8.5,
+            "ytick.labelsize": 8.5,
+            "xtick.major.size": 0,
+            "ytick.major.size": 0,
+            "font.family": "sans-serif",
+            "font.size": 9,
+            "legend.frameon": False,
+            "legend.fontsize": 8.5,
+        }
+
+
+LIGHT = Theme(
+    name="light",
+    surface="#ffffff",
+    ink="#16202c",
+    muted="#5b6675",
+    grid="#e3e7ec",
+    before="#9aa5b1",
+    after="#0a66c2",
+    ceiling="#b4530a",
+    heat=("#f3f7fc", "#9cc3ea", "#2f7fcb", "#0b3b78"),
+)
+DARK = Theme(
+    name="dark",
+    surface="#161b22",
+    ink="#e6ebf1",
+    muted="#9aa7b5",
+    grid="#2a323d",
+    before="#6f7c8a",
+    after="#58b2ff",
+    ceiling="#f0a24b",
+    heat=("#1b232d", "#1f4b78", "#3f93dd", "#d3eaff"),
+)
+
+
+def draw(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
+    """PNG of each picture that the run has data for, by name.
+
+    Raises:
+        BackendError: matplotlib is not installed.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    pictures: dict[str, bytes] = {}
+    painters: dict[str, Callable[[Figure, Report, Theme], bool]] = {
+        "lar_by_layer": _lar_by_layer,
+        "bytes_between_ranks": _bytes_between_ranks,
+        "expert_load": _expert_load,
+        "training_loss": _training_loss,
+    }
+    for name, paint in painters.items():
+        with rc_context(theme.rc()):
+            figure = Figure(layout="constrained")
+            if paint(figure, report, theme):
+                stream = io.BytesIO()
+                figure.savefig(stream, format="png", dpi=DPI)
+                pictures[name] = stream.getvalue()
+    return pictures
+
+
+def lar_series(report: Report) -> dict[str, Any]:
+    """Series of the LAR picture: before, after, floor, ceiling by layer, None where unknown."""
+    serve, plan = report["serve"], report["plan"]
+    planned = plan["lar"] if plan else dict.fromkeys(("before", "after", "ceiling"))
+    modes = serve["modes"] if serve else None
+    ranks = serve["ep_size"] if serve else plan["ep_size"] if plan else None
+    return {
+        "before": modes["before"]["lar"] if modes else planned["before"],
+        "after": modes["after"]["lar"] if modes else planned["after"],
+        "floor": 1 / ranks if ranks else None,
+        "ceiling": planned["ceiling"],
+    }
+
+
+def _lar_by_layer(figure: Figure, report: Report, theme: Theme) -> bool:
+    series = lar_series(report)
+    before, after = series["before"], series["after"]
+    if before is None or after is None:
+        return False
+    layers = report["model"]["layer_ids"]
+    figure.set_size_inches(7.6, 3.3)
+    axes = figure.subplots()
+    x = np.arange(len(layers))
+    axes.vlines(x, before, after, color=theme.after, linewidth=5, alpha=0.28, zorder=2)
+    axes.scatter(x, before, s=58, color=theme.before, zorder=3, label="contiguous")
+    axes.scatter(x, after, s=72, color=theme.after, zorder=4, label="semantic")
+    if series["ceiling"] is not None:
+        axes.hlines(
+            series["ceiling"], x - 0.3, x + 0.3, color=theme.ceiling, linewidth=2, label="ceiling"
+        )
+    if series["floor"] is not None:
+        axes.axhline(
+            series["floor"],
+            color=theme.muted,
+            linestyle=(0, (1, 2)),
+            linewidth=1.4,
+            label="floor 1/G",
+        )
+    axes.set_xticks(x, [str(layer) for layer in layers])
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(axis="y")
+    axes.set_xlabel("MoE layer")
+    axes.set_title("Activations computed on the token's own rank", pad=26)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, handletextpad=0.4)
+    return True
+
+
+def _bytes_between_ranks(figure: Figure, report: Report, theme: Theme) -> bool:
+    if report["serve"] is None:
+        return False
+    modes = report["serve"]["modes"]
+    matrices = {
+        "Contiguous": np.asarray(modes["before"]["wire_bytes"], dtype=np.float64),
+        "Semantic": np.asarray(modes["after"]["wire_bytes"], dtype=np.float64),
+    }
+    scale, unit = byte_unit(max(matrix.max() for matrix in matrices.values()))
+    top = max(matrix.max() for matrix in matrices.values()) / scale or 1.0
+    figure.set_size_inches(7.6, 3.6)
+    panels = figure.subplots(1, 2)
+    for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
+        image = _heat(axes, matrix / scale, theme, top=top, square=True)
+        axes.set_title(f"{title}: {matrix.sum() / scale:,.0f} {unit}")
+        axes.set_xlabel("to rank")
+        axes.set_ylabel("from rank")
+        axes.set_xticks(range(len(matrix)))
+        axes.set_yticks(range(len(matrix)))
+    bar = figure.colorbar(image, ax=panels, shrink=0.85, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label(unit)
+    return True
+
+
+def _heat(axes: Axes, matrix: np.ndarray, theme: Theme, *, top: float, square: bool) -> Any:
+    """Draw [rows, columns] on a scale of 0..top.
+
+    A square matrix is from rank to rank: its diagonal is no traffic and stays empty, and values
+    are written in where they are legible.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list(theme.name, list(theme.heat))
+    shown = np.where(np.identity(len(matrix)) > 0, np.nan, matrix) if square else matrix
+    image = axes.imshow(shown, cmap=colours, vmin=0, vmax=top, aspect=1 if square else "auto")
+    axes.spines[:].set_visible(False)
+    if square and len(matrix) <= 8:
+        for (row, column), value in np.ndenumerate(matrix):
+            if row == column:
+                continue
+            red, green, blue, _ = colours(value / top)
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+            axes.text(
+                column,
+                row,
+                f"{value:,.0f}" if top >= 10 else f"{value:.2g}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#ffffff" if dark else "#101820",
+            )
+    return image
+
+
+def _expert_load(figure: Figure, report: Report, theme: Theme) -> bool:
+    serve = report["serve"]
+    if serve is None:
+        return False
+    layers, ranks = report["model"]["layer_ids"], serve["ep_size"]
+    figure.set_size_inches(7.6, 0.9 + 0.62 * 2 + 0.2 * len(layers))
+    panels = figure.subplots(1, 2, sharey=True)
+    loads = []
+    for key in ("before", "after"):
+        mode = serve["modes"][key]
+        load = np.asarray(mode["slot_load"] or mode["rank_load"], dtype=np.float64)
+        loads.append(load / np.maximum(load.mean(axis=1, keepdims=True), 1e-12))
+    top = max(load.max() for load in loads)
+    for axes, load, key in zip(panels, loads, ("before", "after"), strict=True):
+        name = {"before": "Contiguous", "after": "Semantic"}[key]
+        busiest = serve["modes"][key]["busiest_rank_mean"]
+        image = _heat(axes, load, theme, top=top, square=False)
+        slots = load.shape[1] // ranks
+        for rank in range(1, ranks):
+            axes.axvline(rank * slots - 0.5, color=theme.surface, linewidth=3)
+        axes.set_xticks((np.arange(ranks) + 0.5) * slots - 0.5, [f"rank {r}" for r in range(ranks)])
+        axes.set_title(f"{name}: busiest rank {busiest:.2f}× mean")
+    panels[0].set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    panels[0].set_ylabel("MoE layer")
+    bar = figure.colorbar(image, ax=panels, shrink=0.9, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("load / mean of layer")
+    return True
+
+
+def _training_loss(figure: Figure, report: Report, theme: Theme) -> bool:
+    train = report["train"]
+    if train is None:
+        return False
+    figure.set_size_inches(7.6, 2.5)
+    axes = figure.subplots()
+    loss = np.array([np.nan if value is None else value for value in train["loss"]])
+    axes.plot(train["steps"], loss, color=theme.after, linewidth=1.6)
+    axes.set_xlabel("step")
+    axes.set_title("Training loss")
+    axes.grid(axis="y")
+    axes.margins(x=0.01)
+    return True
+
+
+def byte_unit(largest: float) -> tuple[float, str]:
+    """Scale and name of the decimal unit in which `largest` is readable."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if largest >= scale:
+            return scale, unit
+    return 1.0, "B"
