@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from semantic_ep.errors import BackendError, explain
 from semantic_ep.runtime.dispatch import Dispatched, Dispatcher
+from semantic_ep.runtime.kernels.backend import EmulatedKernelsBackend, KernelsBackend
 from semantic_ep.runtime.stats import DispatchStats
 
 if TYPE_CHECKING:
@@ -112,7 +113,10 @@ def _torch_distributed() -> tuple[bool, str]:
 
 
 # In the order in which `auto` tries them.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (_Torch(), _Reference())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (KernelsBackend(), _Torch(), _Reference(), EmulatedKernelsBackend())
+}
 
 
 def backend_report() -> list[tuple[str, bool, str]]:
