@@ -1,0 +1,353 @@
+"""Routing counters of one process: exact, decayed, and bounded in memory.
+
+A count added at step s weighs 2 ** (-(now - s) / half-life). Instead of multiplying every table at
+every step, new counts are added with a growing weight and all are divided by it when read.
+
+The counters of several processes are combined part by part, so that no process ever holds more
+than one part of another: `part` exports, `combine` adds two exports, `profile` finishes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from semantic_ep.artifacts import ModelFingerprint
+from semantic_ep.errors import ArtifactError, explain
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.tables import TokenExpertTable
+from semantic_ep.observe.traces import RoutingTrace
+
+Part = dict[str, np.ndarray]
+
+_LARGEST_WEIGHT = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutedTokens:
+    """Routes of the real (unmasked) tokens of one micro-batch.
+
+    Attributes:
+        experts: Layer -> [T, K] logical experts; -1 where a token was dropped. Layers that this
+            process does not run are absent.
+        token_id: [T] vocabulary ids, -1 where unknown.
+        sequence: [T] number of the sequence that a token belongs to, from 0, not decreasing.
+    """
+
+    experts: Mapping[int, np.ndarray]
+    token_id: np.ndarray
+    sequence: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CounterLimits:
+    """Bounds on memory.
+
+    Attributes:
+        table_bytes: For the token -> expert counts of one layer; beyond it the smallest counts
+            are dropped and their share is stated in the profile.
+        sequence_bytes: For the expert histograms of sampled sequences, all layers together.
+        max_sequences: Sampled sequences, whatever their size.
+        sample_tokens: Tokens of whole sequences kept with their routes; 0 keeps none.
+    """
+
+    table_bytes: int = 48 << 20
+    sequence_bytes: int = 64 << 20
+    max_sequences: int = 4096
+    sample_tokens: int = 0
+
+
+class RoutingCounters:
+    """Counts routes; not thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        vocab_size: int,
+        halflife_steps: float | None = None,
+        limits: CounterLimits | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Start at zero; `seed` must differ between processes whose counters are combined."""
+        self.limits = limits or CounterLimits()
+        self._layers, self._experts, self._top_k = num_layers, num_experts, top_k
+        self._vocab = vocab_size
+        self._decay_rate = math.log(2) / halflife_steps if halflife_steps else 0.0
+        self._halflife = halflife_steps
+        self._weight, self._step = 1.0, 0
+        self._totals: Part = {
+            "load": np.zeros((num_layers, num_experts)),
+            "token_count": np.zeros(vocab_size),
+            "coactivation": np.zeros((num_layers, num_experts**2)),
+            "transition": np.zeros((max(num_layers - 1, 0), num_experts**2)),
+            "tokens": np.zeros(1),
+        }
+        self._tables = [
+            TokenExpertTable(vocab_size * num_experts, self.limits.table_bytes)
+            for _ in range(num_layers)
+        ]
+        self._rng = np.random.default_rng(seed)
+        affordable = self.limits.sequence_bytes // (4 * num_layers * num_experts)
+        self._capacity = min(self.limits.max_sequences, affordable)
+        self._sequences: Part = {
+            "key": np.zeros(0),
+            "load": np.zeros((0, num_layers, num_experts), np.float32),
+        }
+        self._samples: Part = _no_samples(num_layers, top_k)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        parts = (self._totals, self._sequences, self._samples)
+        return sum(array.nbytes for part in parts for array in part.values()) + sum(
+            table.nbytes for table in self._tables
+        )
+
+    def add(self, routed: RoutedTokens) -> None:
+        """Count a micro-batch."""
+        experts = {layer: e.astype(np.int64) for layer, e in routed.experts.items()}
+        self._totals["tokens"] += self._weight * len(routed.token_id)
+        known = routed.token_id >= 0
+        ids = routed.token_id[known].astype(np.int64)
+        self._totals["token_count"] += self._weight * np.bincount(ids, minlength=self._vocab)
+        for layer, e in experts.items():
+            self._count("load", layer, e.ravel(), self._experts)
+            first, second = np.triu_indices(e.shape[1], k=1)
+            self._count_pairs("coactivation", layer, e[:, first], e[:, second])
+            cells = ids[:, None] * self._experts + e[known]
+            self._tables[layer].add(cells[e[known] >= 0], self._weight)
+            if layer + 1 in experts:
+                following = experts[layer + 1]
+                self._count_pairs("transition", layer, e[:, :, None], following[:, None, :])
+        self._sample(experts, routed)
+
+    def step(self) -> None:
+        """Advance the clock of the decay by one optimizer step."""
+        self._step += 1
+        self._weight *= math.exp(self._decay_rate)
+        if self._weight > _LARGEST_WEIGHT:
+            self._rescale()
+
+    def restore(self, profile: RoutingProfile) -> None:
+        """Go on from a profile, as one that was saved before an interruption.
+
+        Raises:
+            ArtifactError: The profile's shapes are those of another model.
+        """
+        found = (*profile.load.shape, profile.vocab_size)
+        wanted = (self._layers, self._experts, self._vocab)
+        if found != wanted:
+            raise ArtifactError(
+                explain(
+                    "the profile to go on from belongs to another model",
+                    got=f"(layers, experts, vocabulary) {found}",
+                    allowed=str(wanted),
+                    do="Choose another observe.output, or move the old profile away",
+                )
+            )
+        upper = np.triu(np.ones((self._experts, self._experts)), k=1)
+        self._totals["load"] += self._weight * profile.load
+        self._totals["token_count"] += self._weight * profile.token_count
+        self._totals["tokens"] += self._weight * profile.tokens
+        self._totals["coactivation"] += self._weight * (profile.coactivation * upper).reshape(
+            self._layers, -1
+        )
+        self._totals["transition"] += self._weight * profile.transition.reshape(
+            -1, self._experts**2
+        )
+        for table, saved, lost in zip(
+            self._tables, profile.token_expert, profile.dropped_mass, strict=True
+        ):
+            coordinates = saved.tocoo()
+            cells = coordinates.row.astype(np.int64) * self._experts + coordinates.col
+            table.add_counts(cells, self._weight * coordinates.data.astype(np.float64))
+            kept = float(saved.sum())
+            table.dropped += self._weight * kept * lost / max(1 - lost, 1e-12)
+        keys = self._keys(len(profile.sequence_load))
+        self._keep_sequences(keys, profile.sequence_load)
+
+    def part_names(self) -> list[str]:
+        """Names of the parts, in the order in which every process must combine them."""
+        tables = [f"table.{layer}" for layer in range(self._layers)]
+        return ["totals", *tables, "sequences", "samples"]
+
+    def part(self, name: str) -> Part:
+        """A copy of one part, in units of tokens as of now."""
+        if name == "totals":
+            return {key: array / self._weight for key, array in self._totals.items()}
+        if name == "sequences":
+            return dict(self._sequences)
+        if name == "samples":
+            return dict(self._samples)
+        table = self._tables[int(name.removeprefix("table."))]
+        cells, counts = table.counts()
+        return {
+            "cells": cells,
+            "counts": counts / self._weight,
+            "dropped": np.array([table.dropped / self._weight]),
+        }
+
+    def combine(self, name: str, one: Part, other: Part) -> Part:
+        """Add two exports of the same part, within the same bounds."""
+        if name == "totals":
+            return {key: one[key] + other[key] for key in one}
+        if name == "sequences":
+            keys = np.concatenate([one["key"], other["key"]])
+            best = np.argsort(keys, kind="stable")[: self._capacity]
+            return {key: np.concatenate([one[key], other[key]])[best] for key in one}
+        if name == "samples":
+            return _merged_samples(one, other, self.limits.sample_tokens)
+        table = TokenExpertTable(self._vocab * self._experts, self.limits.table_bytes)
+        for part in (one, other):
+            table.add_counts(part["cells"], part["counts"])
+            table.dropped += float(part["dropped"][0])
+        cells, counts = table.counts()
+        return {"cells": cells, "counts": counts, "dropped": np.array([table.dropped])}
+
+    def profile(
+        self,
+        parts: Mapping[str, Part],
+        fingerprint: ModelFingerprint,
+        *,
+        min_count: int = 1,
+        meta: Mapping[str, Any] | None = None,
+    ) -> RoutingProfile:
+        """Make a profile of (combined) parts; cells below `min_count` join the dropped mass."""
+        totals, shape = parts["totals"], (self._vocab, self._experts)
+        pairs = totals["coactivation"].reshape(self._layers, self._experts, self._experts)
+        tables, dropped = [], np.zeros(self._layers)
+        for layer in range(self._layers):
+            part = parts[f"table.{layer}"]
+            cells, counts, lost = part["cells"], part["counts"], float(part["dropped"][0])
+            # Decayed counts of a whole number of tokens may fall short of it by rounding.
+            kept = counts >= min_count * (1 - 1e-9) if min_count > 1 else counts > 0
+            lost += float(counts[~kept].sum())
+            cells, counts = cells[kept], counts[kept]
+            dropped[layer] = lost / max(lost + float(counts.sum()), 1e-300)
+            rows, columns = cells // self._experts, cells % self._experts
+            tables.append(
+                sparse.csr_array((counts.astype(np.float32), (rows, columns)), shape=shape)
+            )
+        return RoutingProfile(
+            fingerprint=fingerprint,
+            load=totals["load"],
+            token_count=totals["token_count"],
+            token_expert=tuple(tables),
+            coactivation=pairs + pairs.transpose(0, 2, 1),
+            transition=totals["transition"].reshape(-1, self._experts, self._experts),
+            sequence_load=parts["sequences"]["load"],
+            dropped_mass=dropped,
+            tokens=float(totals["tokens"][0]),
+            meta={
+                "source": "recorder",
+                "steps": self._step,
+                "halflife_steps": self._halflife,
+                "min_count": min_count,
+                **(meta or {}),
+            },
+        )
+
+    def trace(self, samples: Part, fingerprint: ModelFingerprint) -> RoutingTrace:
+        """The sampled sequences of a (combined) part as a trace."""
+        offsets = np.concatenate([[0], np.cumsum(samples["length"])]).astype(np.int64)
+        return RoutingTrace(
+            fingerprint=fingerprint,
+            experts=samples["experts"],
+            offsets=offsets,
+            token_id=samples["token_id"],
+        )
+
+    def _count(self, name: str, layer: int, codes: np.ndarray, size: int) -> None:
+        if codes.size and codes.min() < 0:
+            codes = codes[codes >= 0]
+        self._totals[name][layer] += self._weight * np.bincount(codes, minlength=size)
+
+    def _count_pairs(self, name: str, layer: int, first: np.ndarray, second: np.ndarray) -> None:
+        codes = first * self._experts + second
+        if codes.size and (first.min() < 0 or second.min() < 0):
+            codes = codes[(first >= 0) & (second >= 0)]
+        self._count(name, layer, codes.ravel(), self._experts**2)
+
+    def _keys(self, count: int) -> np.ndarray:
+        """Priorities of sequences: the smallest ones of all processes are a random sample.
+
+        Weighted sampling without replacement (P. Efraimidis, P. Spirakis, 2006) in logarithms,
+        with a sequence's weight that of its counts.
+        """
+        uniform = self._rng.random(count)
+        return np.log(-np.log1p(-uniform)) - self._decay_rate * self._step
+
+    def _sample(self, experts: Mapping[int, np.ndarray], routed: RoutedTokens) -> None:
+        _, lengths = np.unique(routed.sequence, return_counts=True)
+        keys = self._keys(len(lengths))
+        held = self._sequences["key"]
+        wanted = np.ones(len(keys), bool)
+        if len(held) >= self._capacity:
+            wanted = keys < held[-1] if self._capacity else np.zeros(len(keys), bool)
+        if wanted.any():
+            loads = np.zeros((len(keys), self._layers, self._experts), np.float32)
+            row = np.repeat(np.arange(len(keys)), lengths)
+            for layer, e in experts.items():
+                codes = (row[:, None] * self._experts + e)[e >= 0]
+                counts = np.bincount(codes, minlength=len(keys) * self._experts)
+                loads[:, layer] = counts.reshape(len(keys), self._experts)
+            self._keep_sequences(keys[wanted], loads[wanted])
+        complete = len(experts) == self._layers and all(
+            e.min(initial=0) >= 0 for e in experts.values()
+        )
+        if self.limits.sample_tokens and complete:
+            dtype = self._samples["experts"].dtype
+            routes = np.stack([experts[layer] for layer in range(self._layers)], axis=1)
+            arrived: Part = {
+                "key": keys,
+                "length": lengths,
+                "experts": routes.astype(dtype),
+                "token_id": routed.token_id.astype(np.int32),
+            }
+            self._samples = _merged_samples(self._samples, arrived, self.limits.sample_tokens)
+
+    def _keep_sequences(self, keys: np.ndarray, loads: np.ndarray) -> None:
+        arrived = {"key": keys, "load": loads.astype(np.float32)}
+        self._sequences = self.combine("sequences", self._sequences, arrived)
+
+    def _rescale(self) -> None:
+        for array in self._totals.values():
+            array /= self._weight
+        for table in self._tables:
+            table.scale(1 / self._weight)
+        self._weight = 1.0
+
+
+def _no_samples(num_layers: int, top_k: int) -> Part:
+    return {
+        "key": np.zeros(0),
+        "length": np.zeros(0, np.int64),
+        "experts": np.zeros((0, num_layers, top_k), np.uint16),
+        "token_id": np.zeros(0, np.int32),
+    }
+
+
+def _merged_samples(one: Part, other: Part, max_tokens: int) -> Part:
+    """The sequences of smallest key that fit into `max_tokens` together."""
+    key = np.concatenate([one["key"], other["key"]])
+    length = np.concatenate([one["length"], other["length"]])
+    order = np.argsort(key, kind="stable")
+    order = order[np.cumsum(length[order]) <= max_tokens]
+    start = np.cumsum(length) - length
+    tokens = np.concatenate(
+        [np.arange(start[i], start[i] + length[i]) for i in order] or [np.zeros(0, np.int64)]
+    ).astype(np.int64)
+    return {
+        "key": key[order],
+        "length": length[order],
+        "experts": np.concatenate([one["experts"], other["experts"]])[tokens],
+        "token_id": np.concatenate([one["token_id"], other["token_id"]])[tokens],
+    }

@@ -1,0 +1,372 @@
+"""Recorder: watches the routers of a training run and makes a routing profile.
+
+An integration opens a micro-batch when the model's forward pass begins in training (or passes the
+token ids to `record`), calls `record` from each router, and `step` when the optimizer has stepped. Counted are exactly the
+tokens that are trained on: padding is masked, evaluation opens no micro-batch, and recomputed
+activations are recognised by the autograd engine running.
+
+The hot path copies the expert ids and returns. They are counted at the end of the step: by this
+thread on CPU, where a second one would only take a core from the model, and by a background thread
+when the ids come from an accelerator, while it computes the next step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from semantic_ep.artifacts import ModelFingerprint
+from semantic_ep.errors import BackendError, explain
+from semantic_ep.observe.counters import CounterLimits, Part, RoutedTokens, RoutingCounters
+
+if TYPE_CHECKING:
+    from semantic_ep.observe.profile import RoutingProfile
+    from semantic_ep.observe.traces import RoutingTrace
+
+logger = logging.getLogger(__name__)
+
+_MAX_STEPS_BEHIND = 4
+
+
+class RoutingSink(Protocol):
+    """What a router reports to; the only call on a hot path."""
+
+    def record(
+        self,
+        layer: int,
+        expert_TK: Tensor,
+        *,
+        token_id_T: Tensor | None = None,
+        mask_T: Tensor | None = None,
+    ) -> None:
+        """Take the experts of the tokens of one forward pass of a router.
+
+        Args:
+            layer: Index among the MoE layers, 0..L - 1.
+            expert_TK: [T, K] logical experts; -1 where a token was dropped.
+            token_id_T: [T] vocabulary ids, where the sink does not know them otherwise.
+            mask_T: [T] true for real tokens; goes with `token_id_T`.
+        """
+
+
+@dataclasses.dataclass(kw_only=True)
+class _MicroBatch:
+    """Routes of one forward pass, still on the device or on their way from it."""
+
+    token_id_T: Tensor | None
+    mask_T: Tensor | None
+    sequence_T: Tensor | None
+    experts: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    arrived: Any = None
+
+
+class RoutingRecorder:
+    """Counts the routes of the training tokens of this process; a `RoutingSink`."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        vocab_size: int,
+        halflife_steps: float | None = None,
+        limits: CounterLimits | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Start with empty counters.
+
+        Args:
+            num_layers: MoE layers of the whole model (L).
+            num_experts: Logical experts a layer (E).
+            top_k: Experts a token activates (K).
+            vocab_size: Token ids (V).
+            halflife_steps: Optimizer steps after which a count weighs half; None keeps all.
+            limits: Bounds on memory.
+            seed: Of the sampling of sequences; give each data-parallel rank another.
+        """
+        self.counters = RoutingCounters(
+            num_layers=num_layers,
+            num_experts=num_experts,
+            top_k=top_k,
+            vocab_size=vocab_size,
+            halflife_steps=halflife_steps,
+            limits=limits,
+            seed=seed,
+        )
+        self._open: _MicroBatch | None = None
+        self._buffer: list[_MicroBatch] = []
+        self._worker: _Worker | None = None
+        self._warned = False
+
+    def start_micro_batch(
+        self,
+        token_id_T: Tensor | None = None,
+        *,
+        mask_T: Tensor | None = None,
+        sequence_T: Tensor | None = None,
+    ) -> None:
+        """Open a micro-batch of training tokens; `record` belongs to the one opened last.
+
+        Args:
+            token_id_T: [T] vocabulary ids in the order in which routers see the tokens.
+            mask_T: [T] true (non-zero) for real tokens; None if all are.
+            sequence_T: [T] number of each token's sequence in this pass; None for one sequence.
+        """
+        self._close()
+        self._open = _MicroBatch(token_id_T=token_id_T, mask_T=mask_T, sequence_T=sequence_T)
+
+    def ignore_pass(self) -> None:
+        """Close the micro-batch: until the next one is opened, `record` does nothing."""
+        self._close()
+
+    def record(
+        self,
+        layer: int,
+        expert_TK: Tensor,
+        *,
+        token_id_T: Tensor | None = None,
+        mask_T: Tensor | None = None,
+    ) -> None:
+        """See `RoutingSink`.
+
+        Calls that bring the same tensor of token ids form a micro-batch of their own. Other calls
+        belong to the open micro-batch, and are not counted when there is none.
+        """
+        if _in_backward():
+            return
+        batch = self._open
+        if token_id_T is not None and (batch is None or batch.token_id_T is not token_id_T):
+            self.start_micro_batch(token_id_T, mask_T=mask_T)
+            batch = self._open
+        if batch is None:
+            return
+        if layer in batch.experts:
+            if not self._warned:
+                logger.warning("layer %d ran twice in one pass; its first run is counted", layer)
+                self._warned = True
+            return
+        batch.experts[layer] = _to_host(expert_TK)
+
+    def step(self) -> None:
+        """Count what was recorded since the last step, and advance the decay by one step.
+
+        Raises:
+            BackendError: Counting failed, perhaps in an earlier step.
+        """
+        self._close()
+        buffer, self._buffer = self._buffer, []
+        on_device = any(batch.arrived is not None for batch in buffer)
+        if self._worker is None and on_device:
+            self._worker = _Worker(self.counters)
+        if self._worker is not None:
+            self._worker.submit(buffer)
+        else:
+            _count_step(self.counters, buffer)
+
+    def flush(self) -> None:
+        """Wait until every finished step is counted."""
+        if self._worker is not None:
+            self._worker.wait()
+
+    def profile(
+        self,
+        fingerprint: ModelFingerprint,
+        *,
+        group: dist.ProcessGroup | None = None,
+        min_count: int = 1,
+        meta: Mapping[str, Any] | None = None,
+    ) -> RoutingProfile | None:
+        """Sum the counts of all ranks of a group into a profile of the finished steps.
+
+        Collective over `group`, which must be able to send CPU tensors.
+
+        Args:
+            fingerprint: The model as it is now.
+            group: Ranks that saw different tokens; None for this process alone.
+            min_count: Token -> expert cells seen less often are left out.
+            meta: Further description of the run.
+
+        Returns:
+            The profile on the first rank of the group, None on the others.
+        """
+        parts = self._combined(self.counters.part_names(), group)
+        if parts is None:
+            return None
+        return self.counters.profile(parts, fingerprint, min_count=min_count, meta=meta)
+
+    def trace(
+        self, fingerprint: ModelFingerprint, *, group: dist.ProcessGroup | None = None
+    ) -> RoutingTrace | None:
+        """The sampled sequences of all ranks, on the first rank; collective over `group`."""
+        parts = self._combined(["samples"], group)
+        return None if parts is None else self.counters.trace(parts["samples"], fingerprint)
+
+    def _combined(
+        self, names: list[str], group: dist.ProcessGroup | None
+    ) -> dict[str, Part] | None:
+        self.flush()
+        parts: dict[str, Part] = {}
+        for name in names:
+            part = _reduce_to_first(name, self.counters, group)
+            if part is not None:
+                parts[name] = part
+        return parts or None
+
+    def _close(self) -> None:
+        batch, self._open = self._open, None
+        if batch is None or not batch.experts:
+            return
+        for name in ("token_id_T", "mask_T", "sequence_T"):
+            tensor = getattr(batch, name)
+            if tensor is not None:
+                setattr(batch, name, _to_host(tensor))
+        if any(tensor.is_pinned() for tensor in batch.experts.values()):
+            batch.arrived = torch.cuda.Event()
+            batch.arrived.record()
+        self._buffer.append(batch)
+
+
+class _Worker:
+    """Counts steps in a background thread, at most a few behind."""
+
+    def __init__(self, counters: RoutingCounters) -> None:
+        self._counters = counters
+        self._steps: queue.Queue[list[_MicroBatch]] = queue.Queue(_MAX_STEPS_BEHIND)
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._run, name="routing-recorder", daemon=True).start()
+
+    def submit(self, buffer: list[_MicroBatch]) -> None:
+        self._raise_failure()
+        self._steps.put(buffer)
+
+    def wait(self) -> None:
+        self._steps.join()
+        self._raise_failure()
+
+    def _run(self) -> None:
+        while True:
+            buffer = self._steps.get()
+            try:
+                if self._failure is None:
+                    _count_step(self._counters, buffer)
+            except Exception as error:
+                self._failure = error
+            finally:
+                self._steps.task_done()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise BackendError(
+                explain("the routing recorder failed", got=repr(self._failure))
+            ) from self._failure
+
+
+def _count_step(counters: RoutingCounters, buffer: list[_MicroBatch]) -> None:
+    for batch in buffer:
+        if batch.arrived is not None:
+            batch.arrived.synchronize()
+        counters.add(_routed_tokens(batch))
+    counters.step()
+
+
+def _routed_tokens(batch: _MicroBatch) -> RoutedTokens:
+    experts = {layer: tensor.numpy() for layer, tensor in batch.experts.items()}
+    lengths = {layer: len(e) for layer, e in experts.items()}
+    tokens = next(iter(lengths.values()))
+    for name, tensor in (
+        ("token ids", batch.token_id_T),
+        ("mask", batch.mask_T),
+        ("sequence numbers", batch.sequence_T),
+    ):
+        if tensor is not None:
+            lengths[name] = tensor.numel()
+    if set(lengths.values()) != {tokens}:
+        raise BackendError(
+            explain(
+                "routers and inputs of one forward pass saw different numbers of tokens",
+                got=", ".join(f"{name}: {count}" for name, count in lengths.items()),
+                do="Open the micro-batch with the tokens that this rank's routers see",
+            )
+        )
+
+    def host(tensor: Tensor | None, default: int) -> np.ndarray:
+        if tensor is None:
+            return np.full(tokens, default, np.int64)
+        return tensor.reshape(-1).numpy()
+
+    sequence = host(batch.sequence_T, 0)
+    order = np.flatnonzero(host(batch.mask_T, 1))
+    if np.any(np.diff(sequence[order]) < 0):
+        order = order[np.argsort(sequence[order], kind="stable")]
+    return RoutedTokens(
+        experts={layer: e[order] for layer, e in experts.items()},
+        token_id=host(batch.token_id_T, -1)[order],
+        sequence=sequence[order],
+    )
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A compact copy on the host; from a GPU it may still be on its way."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.int64:
+        tensor = tensor.to(torch.int32)
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def _in_backward() -> bool:
+    """Whether the autograd engine runs this: then the forward pass is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _reduce_to_first(
+    name: str, counters: RoutingCounters, group: dist.ProcessGroup | None
+) -> Part | None:
+    """Combine a part over a binary tree of ranks; the sum ends on the first rank."""
+    part = counters.part(name)
+    if group is None:
+        return part
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    distance = 1
+    while distance < size:
+        if rank % (2 * distance):
+            _send_part(part, dist.get_global_rank(group, rank - distance), group)
+            return None
+        if rank + distance < size:
+            source = dist.get_global_rank(group, rank + distance)
+            part = counters.combine(name, part, _receive_part(source, group))
+        distance *= 2
+    return part
+
+
+def _send_part(part: Part, destination: int, group: dist.ProcessGroup) -> None:
+    header = [{key: (array.shape, array.dtype.str) for key, array in part.items()}]
+    dist.send_object_list(header, dst=destination, group=group)
+    for array in part.values():
+        if array.size:
+            data = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            dist.send(data, dst=destination, group=group)
+
+
+def _receive_part(source: int, group: dist.ProcessGroup) -> Part:
+    header: list[Any] = [None]
+    dist.recv_object_list(header, src=source, group=group)
+    part: Part = {}
+    for key, (shape, dtype) in header[0].items():
+        array = np.empty(shape, np.dtype(dtype))
+        if array.size:
+            dist.recv(torch.from_numpy(array.reshape(-1).view(np.uint8)), src=source, group=group)
+        part[key] = array
+    return part
