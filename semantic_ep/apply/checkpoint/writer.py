@@ -65,7 +65,9 @@ def new_directory(target: Path) -> Iterator[Path]:
         for directory, _, _ in os.walk(temporary):
             _sync_directory(Path(directory))
         os.rename(temporary, target)
-        _sync_directory(target.parent)
+        # From here on the target is whole; only its survival of a power cut is still open.
+        with suppress(OSError):
+            _sync_directory(target.parent)
     except OSError as error:
         raise CheckpointError(
             explain(
