@@ -103,6 +103,15 @@ class Saved:
     forms: dict[str, Path]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small lose more to thread hand-over than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     made: dict[str, Saved] = {}
