@@ -196,7 +196,7 @@ def remove_stale_blocks() -> list[str]:
 
 
 class TorchSymmetricMemory:
-    """Blocks from `torch.distributed._symmetric_memory` (alpha in torch: used in this class only)."""
+    """Blocks from `torch.distributed._symmetric_memory`, alpha in torch: used here only."""
 
     def __init__(self, group: ProcessGroup, num_bytes: int, device: torch.device) -> None:
         import torch.distributed._symmetric_memory as symmetric

@@ -230,8 +230,21 @@ def draw_slots(case: MoeCase, tokens: int, rng: np.random.Generator) -> np.ndarr
     return np.ascontiguousarray(slot_TK)
 
 
-def run_moe(library: abi.EmulatorLibrary, case: MoeCase) -> list[list[MoePass]]:
-    """Queue all iterations of all ranks, run them, and check every output. [iteration][rank]"""
+def run_moe(
+    library: abi.EmulatorLibrary,
+    case: MoeCase,
+    *,
+    y_value: np.ndarray | None = None,
+    weight: float | None = None,
+) -> list[list[MoePass]]:
+    """Queue all iterations of all ranks, run them, and check every output: [iteration][rank].
+
+    Args:
+        library: The library to run.
+        case: Shapes and schedule.
+        y_value: Expert output of every row; random rows by default.
+        weight: Weight of every route; random by default.
+    """
     library.configure(seed=case.seed, max_resident_blocks=case.max_resident_blocks)
     rng = np.random.default_rng(case.seed)
     heap = moe_heap(case)
@@ -242,6 +255,11 @@ def run_moe(library: abi.EmulatorLibrary, case: MoeCase) -> list[list[MoePass]]:
         [MoePass(group, heap, case, rank, rng) for rank in range(case.ranks)]
         for _ in range(case.iterations)
     ]
+    for one in (one for iteration in passes for one in iteration):
+        if y_value is not None:
+            one.y_RD[:] = encode(y_value, case.dtype)
+        if weight is not None:
+            one.weight_TK[:] = weight
     for rank in rng.permutation(case.ranks):
         for iteration in passes:
             iteration[rank].queue()
@@ -365,8 +383,8 @@ def shuffle_arguments(
     del offsets["end"]
     return abi.Shuffle(
         group=endpoint.group,
-        rows_per_rank=heap.rows_per_rank,
-        num_rows=heap.num_rows,
+        rows_per_rank=len(permutation) // case.ranks,
+        num_rows=case.num_rows,
         hidden=case.hidden,
         row_bytes=heap.row_bytes,
         row_stride=heap.row_stride,
@@ -385,12 +403,7 @@ def run_shuffle(library: abi.EmulatorLibrary, case: ShuffleCase) -> None:
     permutations = [draw_permutation(case, rng) for _ in range(case.iterations)]
     rows_per_rank = len(permutations[0]) // case.ranks
     row_bytes = case.hidden * storage((1,), case.dtype).itemsize
-    heap = ShuffleHeap(
-        num_ranks=case.ranks,
-        rows_per_rank=rows_per_rank,
-        num_rows=case.num_rows,
-        row_bytes=row_bytes,
-    )
+    heap = ShuffleHeap(num_ranks=case.ranks, max_rows_per_rank=rows_per_rank, row_bytes=row_bytes)
     group = VirtualGroup(library, heap.offsets()["end"], case.ranks)
     shape, slice_shape = (case.num_rows, case.hidden), (rows_per_rank, case.hidden)
     x = [

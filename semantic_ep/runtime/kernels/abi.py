@@ -1,4 +1,4 @@
-"""The kernel libraries as ctypes sees them: the structs of ``csrc/abi.h`` and typed entry points. No torch."""
+"""The kernel libraries as ctypes sees them: structs of `csrc/abi.h`, entry points. No torch."""
 
 from __future__ import annotations
 
@@ -84,19 +84,19 @@ class Launch(ctypes.Structure):
 
 
 _MOE_SIZES = (
-    "tokens topk slots_per_rank capacity row_bytes scale_bytes row_stride scale_stride partial_stride"
-    " hidden max_rows dtype weight_words"
+    "tokens topk slots_per_rank capacity row_bytes scale_bytes row_stride scale_stride"
+    " partial_stride hidden max_rows dtype weight_words"
 )
 _MOE_OFFSETS = "slot_count_offset record_offset row_offset scale_offset partial_offset grad_offset"
 _MOE_POINTERS = (
-    "slot weight x scales rank_position entry_position rank_count slot_count recv_count tokens_per_slot"
-    " slot_base total_rows expanded_row source_token rows row_scales row_weight y row_grad out route_grad"
-    " y_grad row_weight_grad"
+    "slot weight x scales rank_position entry_position rank_count slot_count recv_count"
+    " tokens_per_slot slot_base total_rows expanded_row source_token rows row_scales row_weight"
+    " y row_grad out route_grad y_grad row_weight_grad"
 )
 
 
 class Moe(ctypes.Structure):
-    """Arguments of dispatch and combine; shapes in ``csrc/abi.h``."""
+    """Arguments of dispatch and combine; shapes in `csrc/abi.h`."""
 
     _fields_ = [
         ("group", Group),
@@ -106,17 +106,17 @@ class Moe(ctypes.Structure):
     ]
 
 
+_SHUFFLE_SIZES = ("rows_per_rank", "num_rows", "hidden", "row_bytes", "row_stride", "dtype")
+
+
 class Shuffle(ctypes.Structure):
-    """Arguments of shuffled reduce-scatter and all-gather; shapes in ``csrc/abi.h``."""
+    """Arguments of shuffled reduce-scatter and all-gather; shapes in `csrc/abi.h`."""
 
     _fields_ = [
         ("group", Group),
-        *(
-            (name, c_int32)
-            for name in "rows_per_rank num_rows hidden row_bytes row_stride dtype".split()
-        ),
-        *((name, c_int64) for name in "scatter_offset gather_offset fingerprint_offset".split()),
-        *((name, c_void_p) for name in "permutation x out".split()),
+        *((name, c_int32) for name in _SHUFFLE_SIZES),
+        *((name, c_int64) for name in ("scatter_offset", "gather_offset", "fingerprint_offset")),
+        *((name, c_void_p) for name in ("permutation", "x", "out")),
     ]
 
 
@@ -154,16 +154,17 @@ class KernelLibrary:
         expected = [ctypes.sizeof(s) for s in (Moe, Shuffle, State, Status, Launch)]
         if found != ABI_VERSION or sizes != expected:
             raise LibraryMismatchError(
-                f"{self.path} has ABI version {found} and struct sizes {sizes}; this package needs version"
-                f" {ABI_VERSION} and {expected}. Delete the file: it is built again at the next use."
+                f"{self.path} has ABI version {found} and struct sizes {sizes}; this package needs"
+                f" version {ABI_VERSION} and {expected}. Delete the file: it is built again at the"
+                " next use."
             )
 
     def launch_moe(self, kernel: str, arguments: Moe, launch: Launch) -> None:
-        """Queues ``layout``, ``receive``, ``expand``, ``reduce``, ``pull`` or ``expand_grad``."""
+        """Queues `layout`, `receive`, `expand`, `reduce`, `pull` or `expand_grad`."""
         self._raise_for(getattr(self._dll, f"sep_{kernel}")(byref(arguments), launch), kernel)
 
     def launch_send(self, arguments: Moe, launch: Launch, *, with_routes: bool) -> None:
-        """Queues ``send``; without routes only rows travel, along routes sent before."""
+        """Queues `send`; without routes only rows travel, along routes sent before."""
         self._raise_for(self._dll.sep_send(byref(arguments), launch, int(with_routes)), "send")
 
     def launch_shuffle(self, kernel: str, arguments: Shuffle, launch: Launch) -> None:
@@ -181,7 +182,7 @@ class KernelLibrary:
 
 
 class EmulatorLibrary(KernelLibrary):
-    """The library over the CPU emulator. Kernels run inside :meth:`synchronize`, all ranks of the process at once."""
+    """The library over the emulator. Kernels of all the process's ranks run in `synchronize`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -204,7 +205,14 @@ class EmulatorLibrary(KernelLibrary):
         yield_percent: int = 25,
         foreign_ranks: bool = False,
     ) -> None:
-        """Sets the schedule. ``foreign_ranks``: other ranks are other processes, so an idle spin is no deadlock."""
+        """Sets the schedule.
+
+        Args:
+            seed: The schedule is a function of it.
+            max_resident_blocks: Of one device; 0 for no limit.
+            yield_percent: How often a thread hands over at an atomic or a flag.
+            foreign_ranks: Other ranks are other processes, so an idle spin is no deadlock.
+        """
         self._dll.sep_emu_configure(seed, max_resident_blocks, yield_percent, int(foreign_ranks))
 
     def synchronize(self) -> None:
@@ -221,14 +229,14 @@ class CudaLibrary(KernelLibrary):
     """The library built by nvcc."""
 
     def allocate(self, num_bytes: int) -> int:
-        """Device memory on the current device, zeroed, that :meth:`export` can share."""
+        """Device memory on the current device, zeroed, that `export` can share."""
         pointer = c_void_p()
         self._raise_for(self._dll.sep_cuda_allocate(byref(pointer), c_int64(num_bytes)), "allocate")
         assert pointer.value is not None
         return pointer.value
 
     def free(self, pointer: int) -> None:
-        """Gives back what :meth:`allocate` returned."""
+        """Gives back what `allocate` returned."""
         self._raise_for(self._dll.sep_cuda_free(c_void_p(pointer)), "free")
 
     def export(self, pointer: int) -> bytes:
@@ -245,5 +253,5 @@ class CudaLibrary(KernelLibrary):
         return pointer.value
 
     def unmap(self, pointer: int) -> None:
-        """Ends a mapping made by :meth:`map`."""
+        """Ends a mapping made by `map`."""
         self._raise_for(self._dll.sep_cuda_close(c_void_p(pointer)), "unmap")

@@ -52,7 +52,7 @@ class KernelsBackend:
 
 
 class EmulatedKernelsBackend:
-    """The same kernels on CPU ranks, run by the emulator: a tool for tests, never chosen by `auto`."""
+    """The same kernels on CPU ranks, emulated: a tool for tests, never chosen by `auto`."""
 
     name = "kernels-emulated"
 

@@ -1,8 +1,8 @@
 """Builds the kernel libraries: one with nvcc for GPUs, one with the C++ compiler over the emulator.
 
-Only the standard library is used, and nothing of ``semantic_ep``: ``setup.py`` loads this file by path at build
-time, before any dependency is installed. A library that cannot be built is not an error here: the outcome says
-why, the dispatcher falls back, and ``semantic-ep doctor`` shows the reason.
+Only the standard library is used, and nothing of `semantic_ep`: `setup.py` loads this file by path
+at build time, before any dependency is installed. A library that cannot be built is not an error
+here: the outcome says why, the dispatcher falls back, and `semantic-ep doctor` shows the reason.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class BuildOutcome:
 
 
 def find_cxx() -> Path | None:
-    """The C++ compiler: ``CXX``, else the first of c++, g++, clang++ on the path."""
+    """The C++ compiler: `CXX`, else the first of c++, g++, clang++ on the path."""
     for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         found = shutil.which(name) if name else None
         if found:
@@ -57,7 +57,7 @@ def find_cxx() -> Path | None:
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of ``CUDA_HOME`` or ``CUDA_PATH``, of the path, or of the ``nvidia-cuda-nvcc`` wheel."""
+    """nvcc of `CUDA_HOME` or `CUDA_PATH`, of the path, or of the `nvidia-cuda-nvcc` wheel."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             candidate = Path(os.environ[variable]) / "bin" / "nvcc"
@@ -83,7 +83,7 @@ def source_hash() -> str:
 
 
 def cache_directory() -> Path:
-    """``SEMANTIC_EP_CACHE``, else ``$XDG_CACHE_HOME/semantic_ep``, else ``~/.cache/semantic_ep``."""
+    """`SEMANTIC_EP_CACHE`, else `$XDG_CACHE_HOME/semantic_ep`, else `~/.cache/semantic_ep`."""
     configured = os.environ.get(CACHE_VARIABLE)
     if configured:
         return Path(configured)
@@ -91,9 +91,10 @@ def cache_directory() -> Path:
 
 
 def find_library(flavour: Flavour, *, build: bool = True) -> BuildOutcome:
-    """The library of this flavour: the packaged one, else the cached one, else a new one in the cache.
+    """The library of this flavour: packaged, else cached, else built into the cache.
 
     Args:
+        flavour: "cuda" or "emulator".
         build: compile it when there is none. Several processes may call at once; one compiles.
     """
     name = _library_name(flavour)
@@ -106,7 +107,7 @@ def find_library(flavour: Flavour, *, build: bool = True) -> BuildOutcome:
 
 
 def build_library(flavour: Flavour, directory: Path) -> BuildOutcome:
-    """Compiles one library into ``directory``, atomically; never raises for a missing or failing compiler."""
+    """Compiles one library into `directory`, atomically; a failure is an outcome, not an error."""
     compiler = find_nvcc() if flavour == "cuda" else find_cxx()
     if compiler is None:
         wanted = (
@@ -141,10 +142,10 @@ def compile_cuda(
     architectures: Sequence[str] = CUDA_ARCHITECTURES,
     extra: Sequence[str] = (),
 ) -> str:
-    """Compiles a fat binary with code for each architecture and PTX of the last; returns nvcc's messages.
+    """Compiles code for each architecture and PTX of the last; returns nvcc's messages.
 
     Raises:
-        subprocess.CalledProcessError: nvcc failed; ``stderr`` has its messages.
+        subprocess.CalledProcessError: nvcc failed; `stderr` has its messages.
     """
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     last = architectures[-1]
@@ -162,11 +163,13 @@ def compile_emulator(
     """Compiles the kernels over the emulator; returns the compiler's messages.
 
     Args:
-        sanitizer: ``address`` (with undefined behaviour) or ``thread``.
-        defines: macros, such as the ``MUTANT_*`` bugs that tests plant.
+        target: The shared library to write.
+        cxx: The compiler.
+        sanitizer: "address" (with undefined behaviour) or "thread".
+        defines: Macros, such as the `MUTANT_*` bugs that tests plant.
 
     Raises:
-        subprocess.CalledProcessError: the compiler failed; ``stderr`` has its messages.
+        subprocess.CalledProcessError: the compiler failed; `stderr` has its messages.
     """
     flags = [*_CXX_FLAGS, *(_SANITIZER_FLAGS[sanitizer] if sanitizer else ("-O2",)), f"-I{SOURCES}"]
     macros = [f"-D{name}" for name in defines]
@@ -195,7 +198,7 @@ def _library_name(flavour: Flavour) -> str:
 
 
 def _run_to(target: Path, command: list[str]) -> str:
-    """Runs ``command -o target`` so that ``target`` appears whole or not at all."""
+    """Runs `command -o target` so that `target` appears whole or not at all."""
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         done = subprocess.run(
@@ -213,7 +216,7 @@ def _run_to(target: Path, command: list[str]) -> str:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Lets one process at a time build ``target``; the lock ends with its process, even a killed one."""
+    """Lets one process at a time build `target`; the lock ends with its process."""
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -139,7 +139,7 @@ class KernelDispatcher:
         self._exchanges.clear()
 
     def _exchange(self, x_TD: Tensor, topk: int) -> KernelExchange:
-        """The exchange for rows of this kind, with room for every rank's tokens; may communicate."""
+        """The exchange for rows of this kind, with room for every rank's tokens."""
         tokens = self._agreed_tokens(x_TD)
         shape = _Shape(dtype=x_TD.dtype, hidden=x_TD.shape[1], topk=topk)
         known = self._exchanges.get(shape)

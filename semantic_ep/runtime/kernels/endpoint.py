@@ -1,6 +1,9 @@
-"""One rank's end of an exchange: heap layout, kernel sequences, failures. No torch: memory is given as addresses.
+"""One rank's end of an exchange: heap layout, kernel sequences, failures.
 
-Shapes: T tokens here, K top-k, S physical slots a rank, G ranks, C capacity (rows a rank may send to one other).
+No torch: memory is given as addresses.
+
+Shapes: T tokens here, K top-k, S physical slots a rank, G ranks, C capacity (rows that a rank may
+send to one other).
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ class MoeHeap:
         return _round_up(self.partial_bytes, _ROW_ALIGNMENT)
 
     def offsets(self) -> dict[str, int]:
-        """Where each part begins, by the field of :class:`abi.Moe`; ``end`` is the size of the heap."""
+        """Where each part begins, by field of `abi.Moe`; `end` is the size of the heap."""
         rows = self.num_ranks * self.capacity
         record_words = 1 + 4 * self.topk  # token; slot, entry and a weight of up to 8 bytes a route
         sizes = {
@@ -96,14 +99,12 @@ class ShuffleHeap:
 
     Attributes:
         num_ranks: G.
-        rows_per_rank: Rows of a scattered slice.
-        num_rows: Rows of the gathered matrix, at most G * rows_per_rank.
+        max_rows_per_rank: Largest slice; the gathered matrix has at most G times as many rows.
         row_bytes: Bytes of a row.
     """
 
     num_ranks: int
-    rows_per_rank: int
-    num_rows: int
+    max_rows_per_rank: int
     row_bytes: int
 
     @property
@@ -112,23 +113,22 @@ class ShuffleHeap:
         return _round_up(self.row_bytes, _ROW_ALIGNMENT)
 
     def offsets(self) -> dict[str, int]:
-        """Where each part begins, by the field of :class:`abi.Shuffle`; ``end`` is the size of the heap."""
+        """Where each part begins, by field of `abi.Shuffle`; `end` is the size of the heap."""
+        matrix = self.num_ranks * self.max_rows_per_rank * self.row_stride
         fingerprint = abi.FLAG_BYTES
         scatter = fingerprint + _ALIGNMENT
-        scattered = self.num_ranks * self.rows_per_rank * self.row_stride
-        gather = scatter + _round_up(scattered, _ALIGNMENT)
-        end = gather + _round_up(self.num_rows * self.row_stride, _ALIGNMENT)
+        gather = scatter + _round_up(matrix, _ALIGNMENT)
         return {
             "fingerprint_offset": fingerprint,
             "scatter_offset": scatter,
             "gather_offset": gather,
-            "end": end,
+            "end": gather + _round_up(matrix, _ALIGNMENT),
         }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Launch sizes. Data kernels use ``blocks`` x ``threads``; counting kernels ``count_threads`` a block.
+    """Launch sizes: `blocks` x `threads` to move rows, the others to count.
 
     On one GPU with several virtual ranks, all blocks that may wait at once must be resident: keep
     ranks * blocks at or below the number of multiprocessors.
@@ -152,8 +152,8 @@ class Endpoint:
         library: The CUDA or the emulator library.
         rank: This rank.
         heaps: Address of every rank's symmetric heap, as mapped here; zeroed before first use.
-        state: Address of ``sizeof(abi.State)`` zeroed bytes of this rank's device memory.
-        status: Host address of an :class:`abi.Status`, zeroed, that the device can write.
+        state: Address of `sizeof(abi.State)` zeroed bytes of this rank's device memory.
+        status: Host address of an `abi.Status`, zeroed, that the device can write.
         stream: Gives the stream to queue on.
         grid: Launch sizes.
         timeout_s: Seconds to wait for a peer before giving up; 0 waits for ever.
@@ -216,7 +216,7 @@ class Endpoint:
         self._queue_shuffle(shuffle, "gather_send", "gather_copy")
 
     def raise_failure(self) -> None:
-        """Raises if a kernel that has run reported a failure. On a GPU, kernels still queued are not waited for.
+        """Raises what kernels have reported so far; does not wait for those still queued.
 
         Raises:
             PeerFailureError: A peer did not answer in time, or failed itself.
@@ -232,7 +232,7 @@ class Endpoint:
             raise PeerFailureError(
                 explain(
                     f"{here}: rank {peer} did not answer within {self.timeout_s:g} s",
-                    do="Look for the first error among the other ranks' logs, then restart the group",
+                    do="Look for the first error in the other ranks' logs, then restart the group",
                 )
             )
         if error is abi.KernelError.PEER_FAILED:

@@ -92,9 +92,7 @@ class KernelExchange:
             timeout_s = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S))
         self._state = torch.zeros(ctypes.sizeof(abi.State), dtype=torch.uint8, device=device)
         # Pinned, so that the host can read it while kernels are queued.
-        self._status = torch.zeros(
-            ctypes.sizeof(abi.Status), dtype=torch.uint8, pin_memory=on_gpu
-        )
+        self._status = torch.zeros(ctypes.sizeof(abi.Status), dtype=torch.uint8, pin_memory=on_gpu)
         if isinstance(self.library, abi.EmulatorLibrary):
             stream = self.library.new_stream(memory.rank)
             stream_now = lambda: stream  # noqa: E731
@@ -138,15 +136,13 @@ class KernelExchange:
         assert isinstance(heap, ShuffleHeap)
         return abi.Shuffle(
             group=self.endpoint.group,
-            rows_per_rank=heap.rows_per_rank,
-            num_rows=heap.num_rows,
             row_stride=heap.row_stride,
             **self._offsets,
             **_addresses(fields),
         )
 
     def run_queued(self) -> None:
-        """Emulator: run what is queued. GPU: nothing, kernels run by themselves. Raise failures seen so far.
+        """Run what is queued (emulator; a GPU does so by itself) and raise failures seen so far.
 
         Raises:
             PeerFailureError: A peer did not answer in time, or failed itself.

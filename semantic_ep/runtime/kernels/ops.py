@@ -1,9 +1,9 @@
 """torch operators over the kernels, with gradients: dispatch and combine are each other's backward.
 
-`Library.impl` costs about 2 microseconds a call, `custom_op` about 50, so these are defined by hand.
+`Library.impl` costs about 2 microseconds a call, `custom_op` about 50: hence defined by hand.
 
-Shapes: T tokens here, D hidden, K top-k, S physical slots a rank, G ranks, C capacity, N = G * C, R rows
-received after expansion.
+Shapes: T tokens here, D hidden, K top-k, S physical slots a rank, G ranks, C capacity, N = G * C,
+R rows received after expansion.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class Routes(NamedTuple):
 _ROUTES = ", ".join(f"Tensor {name}" for name in Routes._fields)
 _LIBRARY.define(
     "dispatch(Tensor x, Tensor? scales, Tensor slot, Tensor weight, int exchange, int max_rows) -> "
-    "(Tensor rows, Tensor row_scales, Tensor row_weight, Tensor tokens_per_slot, Tensor slot_count, "
-    "Tensor rank_position, Tensor expanded_row, Tensor source_token, Tensor recv_count, "
+    "(Tensor rows, Tensor row_scales, Tensor row_weight, Tensor tokens_per_slot, "
+    "Tensor slot_count, Tensor rank_position, Tensor expanded_row, Tensor source_token, "
+    "Tensor recv_count, "
     "Tensor rank_count)"
 )
 _LIBRARY.define(f"combine(Tensor y, Tensor row_weight, {_ROUTES}, int exchange) -> Tensor")
