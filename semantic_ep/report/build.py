@@ -10,13 +10,13 @@ L layers, G ranks, E experts; "before" is the contiguous placement, "after" the 
     model           fingerprint, or null
     stages          [{name, title, done, source, command}], in pipeline order
     sources         [{path, sha256}]
-    headline        answer ("yes" | "no" | "unknown"), sentence, basis, and
+    headline        answer ("yes" | "no" | "unknown"), sentence, notes, basis, and
                     numbers [{id, label, unit, before, after, change, better, source, how}]
     train           steps, loss, first_loss, last_loss                                | null
     observe         tokens, layers, experts, top_k, load [L][E], load_max_over_mean   | null
-    plan            see `semantic_ep.report.planned`                                  | null
+    plan            the verdict, see `semantic_ep.report.planned`                     | null
     serve           requests, identical_outputs, modes.before / modes.after           | null
-    semantics       ranks [{rank, tokens [{text, share, count}]}], or {missing: why}
+    semantics       tokens, kinds, subjects, see `semantic_ep.report.semantics`
     definitions     [{term, text}]
 """
 

@@ -7,6 +7,8 @@ from typing import Any
 
 # Fewer bytes saved than this are not worth a restart with another placement.
 WORTHWHILE_SHARE = 0.05
+# A larger imbalance than this is said in words.
+NOTABLE_SHARE = 0.05
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,6 +20,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "answer": "unknown",
         "sentence": "This run has no plan yet, so there is nothing to compare.",
+        "notes": [],
         "basis": "",
         "numbers": [],
     }
@@ -59,7 +62,7 @@ def _served(serve: Mapping[str, Any]) -> dict[str, Any]:
         ),
         _number(
             "busiest_rank",
-            "Busiest rank, of the mean",
+            "Busiest rank, expert load",
             before["busiest_rank_mean"],
             after["busiest_rank_mean"],
             better="lower",
@@ -74,9 +77,23 @@ def _served(serve: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "answer": "yes" if identical and saved >= WORTHWHILE_SHARE else "no",
         "sentence": _sentence(serve["ep_size"], saved, same),
+        "notes": _notes(before, after),
         "basis": "served",
         "numbers": numbers,
     }
+
+
+def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What the four numbers do not say: the price in balance, and time on this machine."""
+    notes = []
+    load = _change(before["busiest_rank_mean"], after["busiest_rank_mean"])
+    if load is not None and load > NOTABLE_SHARE:
+        notes.append(f"In exchange, the busiest rank computes {load:.0%} more.")
+    seconds = _change(before["seconds"]["total"], after["seconds"]["total"])
+    if seconds is not None:
+        direction = "less" if seconds < 0 else "more"
+        notes.append(f"MoE layers took {abs(seconds):.0%} {direction} time on this machine.")
+    return notes
 
 
 def _sentence(ep_size: int, saved: float, same: Mapping[str, Any]) -> str:
@@ -100,12 +117,13 @@ def _planned(plan: Mapping[str, Any]) -> dict[str, Any]:
     labels = {
         "lar": ("Local activation rate", "share", "higher"),
         "remote_copies": ("Remote copies of a token", "copies", "lower"),
-        "load_max_over_mean": ("Busiest rank, of the mean", "ratio", "lower"),
-        "tokens_max_over_mean": ("Fullest rank in tokens, of the mean", "ratio", "lower"),
+        "load_max_over_mean": ("Busiest rank, expert load", "ratio", "lower"),
+        "tokens_max_over_mean": ("Fullest rank, tokens", "ratio", "lower"),
     }
     return {
         "answer": "yes" if plan["worth_it"] else "no",
         "sentence": f"Estimated, not yet served: {plan['summary']}.",
+        "notes": [],
         "basis": kind,
         "numbers": [
             _number(
@@ -140,8 +158,12 @@ def _number(
         "unit": unit,
         "before": before,
         "after": after,
-        "change": after - before if unit == "share" else after / before - 1 if before else None,
+        "change": after - before if unit == "share" else _change(before, after),
         "better": better,
         "source": source,
         "how": how,
     }
+
+
+def _change(before: float, after: float) -> float | None:
+    return after / before - 1 if before else None

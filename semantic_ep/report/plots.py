@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 160
+SQUARE = ("bytes_between_ranks",)
 Report = Mapping[str, Any]
 
 
@@ -109,7 +110,7 @@ def draw(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
     }
     for name, paint in painters.items():
         with rc_context(theme.rc()):
-            figure = Figure(layout="constrained")
+            figure = Figure(layout="compressed" if name in SQUARE else "constrained")
             if paint(figure, report, theme):
                 stream = io.BytesIO()
                 figure.savefig(stream, format="png", dpi=DPI)
@@ -207,8 +208,6 @@ def _heat(axes: Axes, matrix: np.ndarray, theme: Theme, *, top: float, square: b
         for (row, column), value in np.ndenumerate(matrix):
             if row == column:
                 continue
-            red, green, blue, _ = colours(value / top)
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
             axes.text(
                 column,
                 row,
@@ -216,9 +215,21 @@ def _heat(axes: Axes, matrix: np.ndarray, theme: Theme, *, top: float, square: b
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="#ffffff" if dark else "#101820",
+                color=_legible_on(colours(value / top)),
             )
     return image
+
+
+def _legible_on(background: tuple[float, ...]) -> str:
+    """Pick white or near-black, by WCAG contrast."""
+    luminance = relative_luminance(background[:3])
+    return "#ffffff" if luminance < 0.2 else "#101820"
+
+
+def relative_luminance(rgb: tuple[float, ...]) -> float:
+    """WCAG relative luminance of sRGB components in 0..1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def _expert_load(figure: Figure, report: Report, theme: Theme) -> bool:

@@ -20,7 +20,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -39,6 +38,8 @@ PROFILE_DIR, HOLDOUT_DIR, PLAN_DIR = "profile", "holdout", "plan"
 _ARTIFACTS = (PROFILE_DIR, HOLDOUT_DIR, PLAN_DIR)
 TOKENIZER_FILES = ("data/tokenizer.json", "model/tokenizer.json")
 
+# Counters, up to what a JSON number holds exactly.
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -56,7 +57,7 @@ class TrainRow(_Record):
     # A diverged run logs NaN, which is worth showing rather than refusing.
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=True)
 
-    step: NonNegativeInt
+    step: Count
     loss: float
 
 
@@ -74,17 +75,17 @@ class ServedMode(_Record):
 
     lar: list[Share]
     remote_copies: list[NonNegativeFloat]
-    bytes_dispatch: list[list[NonNegativeInt]]
-    bytes_combine: list[list[NonNegativeInt]]
-    rank_load: list[list[NonNegativeInt]]
-    expert_load: list[list[NonNegativeInt]]
-    tokens_per_rank: list[NonNegativeInt]
-    requests_per_rank: list[NonNegativeInt]
+    bytes_dispatch: list[list[Count]]
+    bytes_combine: list[list[Count]]
+    rank_load: list[list[Count]]
+    expert_load: list[list[Count]]
+    tokens_per_rank: list[Count]
+    requests_per_rank: list[Count]
     seconds: Seconds
-    generated_tokens: NonNegativeInt
+    generated_tokens: Count
     tokens_per_second: NonNegativeFloat
-    expert_bytes_resident: list[NonNegativeInt]
-    expert_bytes_total: NonNegativeInt
+    expert_bytes_resident: list[Count]
+    expert_bytes_total: Count
 
     def wire_bytes(self) -> np.ndarray:
         """[G, G] int64, dispatch and combine bytes from rank [i] to another rank [j]."""
@@ -98,7 +99,7 @@ class IdenticalOutputs(_Record):
 
     between_modes: bool
     to_single_process: bool
-    checked_requests: NonNegativeInt
+    checked_requests: Count
 
 
 class ServeResult(_Record):
@@ -106,8 +107,8 @@ class ServeResult(_Record):
 
     ep_size: PositiveInt
     model: Annotated[ModelFingerprint, BeforeValidator(lambda data: _fingerprint(data))]
-    num_requests: NonNegativeInt
-    max_new_tokens: NonNegativeInt
+    num_requests: Count
+    max_new_tokens: Count
     identical_outputs: IdenticalOutputs
     modes: dict[Mode, ServedMode]
 

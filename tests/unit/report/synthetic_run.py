@@ -180,31 +180,25 @@ def _trace(
     kind_of_token = {words[w]: k for k, kind in enumerate(KINDS) for w in WORDS[kind]}
     lengths = rng.integers(40, 160, size=requests)
     labels = [KINDS[i % len(KINDS)] for i in range(requests)]
-    ids, routes = [], []
+    ids = []
     for kind, length in zip(labels, lengths, strict=True):
-        own = rng.random(length) < 0.7
-        chosen = np.where(
-            own,
-            rng.choice([words[w] for w in WORDS[kind]], length),
-            rng.choice([words[w] for w in COMMON], length),
-        )
-        ids.append(chosen)
-        for token in chosen:
-            row = []
-            for layer in range(LAYERS):
-                home = kind_of_token.get(int(token))
-                weight = np.full(EXPERTS, (1 - affinity) / EXPERTS)
-                if home is None:
-                    weight[:] = 1 / EXPERTS
-                else:
-                    weight[rank_of_expert[layer] == home] += affinity * RANKS / EXPERTS
-                row.append(rng.choice(EXPERTS, TOP_K, replace=False, p=weight / weight.sum()))
-            routes.append(row)
+        own = rng.choice([words[w] for w in WORDS[kind]], length)
+        common = rng.choice([words[w] for w in COMMON], length)
+        ids.append(np.where(rng.random(length) < 0.7, own, common))
+    token_id = np.concatenate(ids)
+    home = np.array([kind_of_token.get(int(token), -1) for token in token_id])
+    weight = np.full((len(token_id), LAYERS, EXPERTS), 1 / EXPERTS)
+    preferred = rank_of_expert[None] == home[:, None, None]
+    weight = (1 - affinity) * weight + affinity * RANKS / EXPERTS * preferred
+    weight[home < 0] = 1 / EXPERTS
+    # The largest of log-weights plus Gumbel noise are a sample without replacement.
+    noisy = np.log(weight + 1e-9) + rng.gumbel(size=weight.shape)
+    routes = np.argsort(-noisy, axis=2)[:, :, :TOP_K]
     return RoutingTrace(
         fingerprint=fingerprint,
-        experts=np.asarray(routes, dtype=np.uint8),
+        experts=routes.astype(np.uint8),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        token_id=np.concatenate(ids).astype(np.int32),
+        token_id=token_id.astype(np.int32),
         requests=tuple({"id": f"{kind}/{i}", "kind": kind} for i, kind in enumerate(labels)),
     )
 

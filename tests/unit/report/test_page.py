@@ -1,0 +1,229 @@
+"""The page and its pictures: valid, self-contained, legible, and alive in a real browser."""
+
+import io
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from semantic_ep.cli import EXIT_ERROR, EXIT_OK, main
+from semantic_ep.report.build import build_report
+from semantic_ep.report.html import amount, change, percent
+from semantic_ep.report.plots import DARK, LIGHT, draw, relative_luminance
+from semantic_ep.tracking import METRICS_FILE
+from tests.unit.report.synthetic_run import make_run
+from tests.wandb_offline import OfflineRun
+
+VOID = {"meta", "link", "img", "source", "br", "hr", "input"}
+PICTURES = {"lar_by_layer", "bytes_between_ranks", "expert_load", "training_loss"}
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "study").path
+
+
+@pytest.fixture(scope="module")
+def output(run, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("out") / "report"
+    assert main(["report", str(run), "-o", str(directory)]) == EXIT_OK
+    return directory
+
+
+class StrictParser(HTMLParser):
+    """Checks nesting and attributes, and collects what tests ask for."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.links, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"<{tag}> repeats an attribute"
+        self.tags.append((tag, dict(attrs)))
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parsed(page):
+    parser = StrictParser()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def test_the_page_is_well_formed_self_contained_and_small(output):
+    page = (output / "report.html").read_text()
+    parser = parsed(page)
+    tags = [tag for tag, _ in parser.tags]
+    assert (tags.count("h1"), tags.count("title"), tags.count("script")) == (1, 1, 0)
+    assert all(link.startswith("data:") for link in parser.links)
+    assert not [word for word in ("http", "@import", "url(") if word in page]
+    assert all(attrs.get("alt") for tag, attrs in parser.tags if tag == "img")
+    assert len(page) < 3_000_000
+
+
+def test_text_of_tokens_cannot_become_markup(output):
+    page = (output / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>&" not in page
+
+
+def test_the_first_screen_holds_verdict_four_numbers_and_a_picture(run, output):
+    page = (output / "report.html").read_text()
+    first = page[: page.index("<h2>")]
+    report = build_report(run)
+    assert report["headline"]["sentence"] in first
+    assert first.count('<div class="card">') == 4
+    for entry in report["headline"]["numbers"]:
+        assert amount(entry["after"], entry["unit"]) in first
+        assert amount(entry["before"], entry["unit"]) in first
+    assert first.count("<img") == 1
+
+
+def test_report_json_is_what_the_page_is_drawn_from(run, output):
+    written = json.loads((output / "report.json").read_text())
+    built = json.loads(json.dumps(build_report(run)))
+    written.pop("made")
+    built.pop("made")
+    assert written == built
+
+
+@pytest.mark.parametrize("kept", ["train.jsonl", "profile", "plan", "serve.json"])
+def test_a_run_with_one_stage_draws_a_page_that_says_so(run, tmp_path, kept):
+    source = run / kept
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / kept)
+    assert main(["report", str(tmp_path)]) == EXIT_OK
+    page = (tmp_path / "report.html").read_text()
+    parsed(page)
+    assert page.count("<b>not run</b>") == 3
+
+
+def test_all_pictures_are_drawn_in_both_themes_and_differ(run):
+    from matplotlib.image import imread
+
+    report = build_report(run)
+    light, dark = draw(report, LIGHT), draw(report, DARK)
+    assert set(light) == set(dark) == PICTURES
+    for name in PICTURES:
+        bright, dim = imread(io.BytesIO(light[name])), imread(io.BytesIO(dark[name]))
+        assert bright.shape == dim.shape
+        assert bright.shape[1] > 1000
+        assert bright[0, 0, :3].mean() > 0.9 > 0.2 > dim[0, 0, :3].mean()
+        assert bright[:, :, :3].std() > 0.02
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
+def test_text_and_series_stand_out_from_the_surface(theme):
+    def luminance(colour):
+        return relative_luminance(tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))
+
+    def contrast(first, second):
+        bright, dim = sorted((luminance(first), luminance(second)), reverse=True)
+        return (bright + 0.05) / (dim + 0.05)
+
+    for text in (theme.ink, theme.muted):
+        assert contrast(text, theme.surface) >= 4.5
+    for series in (theme.after, theme.ceiling):
+        assert contrast(series, theme.surface) >= 3
+    assert contrast(theme.before, theme.after) >= 1.8
+    steps = [luminance(colour) for colour in theme.heat]
+    assert steps in (sorted(steps), sorted(steps, reverse=True))
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (0.523, "share", "52%"),
+        (0.004, "share", "0.4%"),
+        (1.3582, "copies", "1.36"),
+        (1.139, "ratio", "1.14×"),
+        (115_900_000, "bytes", "116 MB"),
+        (999, "bytes", "999 B"),
+        (2_345_678_000_000, "bytes", "2,346 GB"),
+    ],
+)
+def test_amounts_carry_their_unit(value, unit, shown):
+    assert amount(value, unit) == shown
+
+
+def test_changes_are_relative_but_points_for_shares():
+    assert change(-0.421, "bytes") == "−42%"
+    assert change(0.389, "share") == "+39 points"
+    assert change(None, "bytes") == "n/a"
+    assert percent(0) == "0%"
+
+
+def test_json_prints_the_truth_and_writes_nothing(run, capsys):
+    before = sorted(path.name for path in run.iterdir())
+    assert main(["report", str(run), "--json"]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out)["run"] == "study"
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_errors_are_one_clean_message(tmp_path, run, capsys):
+    assert main(["report", str(tmp_path / "absent")]) == EXIT_ERROR
+    assert "nothing to report on here" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(run), "-o", str(tmp_path / "file")]) == EXIT_ERROR
+    assert "cannot write the report" in capsys.readouterr().err
+
+
+def test_numbers_and_pictures_go_to_wandb_when_asked(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert main(["report", str(run), "-o", str(tmp_path), "--wandb", "offline"]) == EXIT_OK
+    offline = OfflineRun.in_directory(tmp_path)
+    merged = {key: value for row in offline.history for key, value in row.items()}
+    report = build_report(run)
+    for entry in report["headline"]["numbers"]:
+        assert merged[f"serving/{entry['id']}/after"] == pytest.approx(entry["after"])
+    assert {f"serving/{name}/path" for name in PICTURES} <= set(merged)
+    assert [artifact["type"] for artifact in offline.artifacts] == ["report"]
+    assert (tmp_path / METRICS_FILE).is_file()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
+def test_a_browser_draws_the_page_without_complaint(output, tmp_path):
+    from matplotlib.image import imread
+
+    picture = tmp_path / "page.png"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        "--enable-logging=stderr --window-size=1280,900"
+    )
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *flags.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--screenshot={picture}",
+            (output / "report.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr
+    screen = imread(picture)[:, :, :3]
+    assert screen.shape == (900, 1280, 3)
+    # The picture of the first screen is where it belongs: blue marks in the lower left part.
+    blue = np.array([int(LIGHT.after[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    near = np.abs(screen[380:, 100:850] - blue).max(axis=2) < 0.06
+    assert near.sum() > 200
