@@ -1,9 +1,9 @@
 """Recorder: watches the routers of a training run and makes a routing profile.
 
 An integration opens a micro-batch when the model's forward pass begins in training (or passes the
-token ids to `record`), calls `record` from each router, and `step` when the optimizer has stepped. Counted are exactly the
-tokens that are trained on: padding is masked, evaluation opens no micro-batch, and recomputed
-activations are recognised by the autograd engine running.
+token ids to `record`), calls `record` from each router, and `step` when the optimizer has stepped.
+Counted are exactly the tokens that are trained on: padding is masked, evaluation opens no
+micro-batch, and recomputed activations are recognised by the autograd engine running.
 
 The hot path copies the expert ids and returns. They are counted at the end of the step: by this
 thread on CPU, where a second one would only take a core from the model, and by a background thread

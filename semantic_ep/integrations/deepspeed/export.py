@@ -1,0 +1,227 @@
+"""Write an AutoEP-trained model as a Hugging Face checkpoint, experts in logical order.
+
+AutoEP holds experts [E / G, F, D] as `w1` (gate), `w3` (up) and `w2` (down), each rank a contiguous
+block; transformers holds them whole, fused. The experts of one decoder layer at a time are gathered
+on rank 0, converted by transformers' own rules and written, so that rank 0 never holds more than
+its share of the model, one decoder layer, and the shard it fills.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from tqdm import tqdm
+
+from semantic_ep.apply.checkpoint.writer import new_directory
+from semantic_ep.errors import CheckpointError, explain
+from semantic_ep.integrations.transformers import MoELayerSite, find_moe_layers
+
+if TYPE_CHECKING:
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+
+def save_huggingface_checkpoint(
+    engine: Any,
+    output: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 4 << 30,
+) -> None:
+    """Write what `save_pretrained` would write for the whole model; collective over all ranks.
+
+    Args:
+        engine: A DeepSpeed engine around a Hugging Face causal language model, with AutoEP layers
+            or none.
+        output: Directory to make; it appears whole or not at all.
+        tokenizer: Saved beside the model; anything with `save_pretrained`.
+        max_shard_bytes: A new file starts before one grows beyond this.
+
+    Raises:
+        CheckpointError: The output exists or cannot be written, or a part of the model has no
+            place in a Hugging Face checkpoint.
+    """
+    model = engine.module
+    with torch.device("meta"):
+        reference = type(model)(model.config)
+    units = _units(model, reference)
+    if dist.get_rank() != 0:
+        for _ in units:  # Takes part in the gathers.
+            pass
+        return
+    with new_directory(Path(output)) as directory:
+        _write_shards(directory, reference, units, max_shard_bytes)
+        model.config.save_pretrained(directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+
+
+def _units(model: nn.Module, reference: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Tensors by the names of transformers' modules, a decoder layer (or a single one) at a time.
+
+    Empty on ranks other than 0.
+    """
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    modules = dict(model.named_modules())
+    replaced = {
+        site.block: site
+        for site in find_moe_layers(reference)
+        if isinstance(modules.get(site.block), AutoEPMoELayer)
+    }
+    states = dict(model.named_parameters()) | dict(model.named_buffers())
+    by_unit: dict[str, list[str]] = {}
+    for name in _names_once(model, reference):
+        block = next((block for block in replaced if name.startswith(f"{block}.")), None)
+        unit = block.rpartition(".")[0] if block else name
+        by_unit.setdefault(unit, [])
+        if block is None:
+            by_unit[unit].append(name)
+    for unit, names in by_unit.items():
+        tensors: dict[str, Tensor] = {}
+        for block, site in replaced.items():
+            if block.rpartition(".")[0] == unit:
+                tensors |= _hugging_face_block(modules[block], site, reference)
+        tensors |= {name: _gathered(states[name]) for name in names}
+        yield tensors if dist.get_rank() == 0 else {}
+
+
+def _hugging_face_block(
+    layer: AutoEPMoELayer, site: MoELayerSite, reference: nn.Module
+) -> dict[str, Tensor]:
+    """Router, experts and shared experts of an AutoEP layer, by transformers' names."""
+    if layer.expert_bias is not None and layer.expert_bias.any():
+        raise CheckpointError(
+            explain(
+                f"{site.block} routes with a load-balancing bias that this family cannot store",
+                where="expert_parallel.load_balance_coeff",
+                do="Train without it",
+            )
+        )
+    router, experts = layer.router, layer.experts
+    tensors = {f"{site.router}.weight": _gathered(router.gate.weight)}
+    if router.gate.bias is not None:
+        tensors[f"{site.router}.bias"] = _gathered(router.gate.bias)
+    if router.e_score_correction_bias is not None:
+        tensors[f"{site.router}.e_score_correction_bias"] = _gathered(
+            router.e_score_correction_bias
+        )
+    gate, down, up = (_all_experts(layer, w) for w in (experts.w1, experts.w2, experts.w3))
+    if gate is None or down is None or up is None:
+        return {}
+    tensors[f"{site.experts}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+    tensors[f"{site.experts}.down_proj"] = down
+    for name in ("shared_experts", "shared_experts_gate"):
+        shared = getattr(layer, name)
+        if shared is not None:
+            source = _name_in(reference.get_submodule(site.block), shared)
+            for key, value in shared.state_dict().items():
+                tensors[f"{site.block}.{source}.{key}"] = value.detach().cpu()
+    _check_block(tensors, site, reference)
+    return tensors
+
+
+def _check_block(tensors: dict[str, Tensor], site: MoELayerSite, reference: nn.Module) -> None:
+    """Raise unless the tensors are those of transformers' block, in name and shape."""
+    expected = {
+        f"{site.block}.{name}": tuple(tensor.shape)
+        for name, tensor in reference.get_submodule(site.block).state_dict().items()
+    }
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        raise CheckpointError(
+            explain(
+                f"{site.block} cannot be written in the form of its family",
+                got=f"{sorted(found.items() - expected.items())}",
+                allowed=f"{sorted(expected.items() - found.items())}",
+            )
+        )
+
+
+def _all_experts(layer: AutoEPMoELayer, local: nn.Parameter) -> Tensor | None:
+    """[E, ...] on rank 0, gathered over its EP group; None elsewhere."""
+    part = _gathered(local, host=False)
+    group = layer.ep_group
+    if group is None or dist.get_world_size(group) == 1:
+        return part.cpu() if dist.get_rank() == 0 else None
+    ranks = dist.get_process_group_ranks(group)
+    if 0 not in ranks:
+        return None
+    parts = [torch.empty_like(part) for _ in ranks] if dist.get_rank() == 0 else None
+    dist.gather(part.contiguous(), parts, dst=0, group=group)
+    return None if parts is None else torch.cat(parts).cpu()
+
+
+def _gathered(tensor: Tensor, *, host: bool = True) -> Tensor:
+    """The tensor, whole if ZeRO 3 has it in pieces."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+        value = tensor.detach().clone()
+    return value.cpu() if host else value
+
+
+def _names_once(model: nn.Module, reference: nn.Module) -> list[str]:
+    """Names of the family's state dict, without second names of tied tensors."""
+    once = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return [name for name in reference.state_dict() if name not in tied]
+
+
+def _name_in(block: nn.Module, shared: nn.Module) -> str:
+    """Name of the child of transformers' block with the same parameters."""
+    form = {name: tensor.shape for name, tensor in shared.state_dict().items()}
+    for name, child in block.named_children():
+        if {key: tensor.shape for key, tensor in child.state_dict().items()} == form:
+            return name
+    raise CheckpointError(explain("shared experts have no place in transformers' block"))
+
+
+def _write_shards(
+    directory: Path,
+    reference: nn.Module,
+    units: Iterator[dict[str, Tensor]],
+    max_shard_bytes: int,
+) -> None:
+    from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
+
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for unit in tqdm(units, desc="export", unit=" parts", disable=None):
+        for name, tensor in revert_weight_conversion(reference, unit).items():
+            tensor = tensor.contiguous()
+            if pending and _bytes(pending) + tensor.nbytes > max_shard_bytes:
+                flush()
+            pending[name] = tensor
+            total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "shard-0").rename(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"shard-{number}").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

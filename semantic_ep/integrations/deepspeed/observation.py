@@ -1,0 +1,329 @@
+"""Watch the routers of a DeepSpeed engine and keep a routing profile beside its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from semantic_ep.artifacts import ModelFingerprint, hash_arrays
+from semantic_ep.config import ObserveConfig
+from semantic_ep.errors import ConfigError, explain
+from semantic_ep.observe.counters import CounterLimits
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.recorder import RoutingRecorder
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+logger = logging.getLogger(__name__)
+
+PROFILE_IN_CHECKPOINT = "routing_profile"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObservedRouter:
+    """One router of the model.
+
+    Attributes:
+        module: Its output, given to `experts`, is what `RoutingSink.record` takes.
+        weight: [E, D] parameter that identifies it.
+        num_experts: Logical experts (E).
+        top_k: Experts a token activates (K).
+        experts: Output of `module` -> [T, K] logical experts, -1 for a dropped activation.
+    """
+
+    module: nn.Module
+    weight: nn.Parameter
+    num_experts: int
+    top_k: int
+    experts: Callable[[Any], Tensor]
+
+
+def find_routers(model: nn.Module) -> list[ObservedRouter]:
+    """Routers of AutoEP and of native `deepspeed.moe` layers, in module order.
+
+    Raises:
+        ConfigError: There is none, or one routes in a way that cannot be read.
+    """
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.moe.layer import MoE
+
+    routers = []
+    for name, module in model.named_modules():
+        if isinstance(module, AutoEPMoELayer):
+            routers.append(
+                ObservedRouter(
+                    module=module.router,
+                    weight=module.router.gate.weight,
+                    num_experts=module.num_experts,
+                    top_k=module.top_k,
+                    experts=lambda output: output[1],
+                )
+            )
+        elif isinstance(module, MoE):
+            if module.deepspeed_moe.use_tutel:
+                raise ConfigError(
+                    explain(
+                        f"{name} routes through Tutel, which does not tell the experts of a token",
+                        do="Build the layer with use_tutel=False, or switch observation off",
+                    )
+                )
+            gate = module.deepspeed_moe.gate
+            routers.append(
+                ObservedRouter(
+                    module=gate,
+                    weight=gate.wg.weight,
+                    num_experts=module.num_experts,
+                    top_k=gate.k,
+                    experts=lambda output, k=gate.k: _native_experts(output, k),
+                )
+            )
+    if not routers:
+        raise ConfigError(
+            explain(
+                "the model has no MoE layer that DeepSpeed runs",
+                where="semantic_ep.observe.output",
+                got=type(model).__name__,
+                do='Switch AutoEP on ("expert_parallel": {"enabled": true, ...}), or observation '
+                "off",
+            )
+        )
+    return routers
+
+
+class RoutingObservation:
+    """The recorder of one engine, its hooks, and where its profile goes."""
+
+    def __init__(
+        self,
+        engine: Any,
+        config: ObserveConfig,
+        *,
+        fingerprint: ModelFingerprint,
+        vocab_size: int,
+    ) -> None:
+        """Attach to an engine; collective over all ranks.
+
+        Args:
+            engine: A DeepSpeed engine whose MoE layers are in place.
+            config: `output` must name a directory.
+            fingerprint: The model; the hash of its routers is taken anew at each save.
+            vocab_size: Token ids (V).
+
+        Raises:
+            ConfigError: The engine runs in a way in which tokens would not be counted right.
+        """
+        self._engine, self._config, self._fingerprint = engine, config, fingerprint
+        self._routers = find_routers(engine.module)
+        _check_shape(self._routers, fingerprint)
+        self._group, counts_here = _data_parallel_group(engine)
+        halflife = config.halflife_steps
+        self.recorder = RoutingRecorder(
+            num_layers=len(self._routers),
+            num_experts=fingerprint.num_experts,
+            top_k=fingerprint.top_k,
+            vocab_size=vocab_size,
+            halflife_steps=None if halflife == "auto" else halflife,
+            limits=CounterLimits(sample_tokens=config.sample_tokens),
+            seed=dist.get_rank(),
+        )
+        self._handles: list[RemovableHandle] = []
+        if counts_here:
+            self._attach(engine.module)
+
+    def step(self) -> None:
+        """The optimizer has stepped."""
+        self.recorder.step()
+
+    def fingerprint(self) -> ModelFingerprint:
+        """The model with its routers as they are now; collective under ZeRO 3."""
+        weights = [_whole(router.weight).float().cpu().numpy() for router in self._routers]
+        return dataclasses.replace(self._fingerprint, router_sha256=hash_arrays(weights))
+
+    def save(self, checkpoint: str | os.PathLike[str] | None = None) -> RoutingProfile | None:
+        """Write the profile of all ranks; collective.
+
+        Args:
+            checkpoint: Directory of a checkpoint that gets a copy, to resume from.
+
+        Returns:
+            The profile on the rank that wrote it, None on the others.
+        """
+        fingerprint = self.fingerprint()
+        profile = self.recorder.profile(
+            fingerprint,
+            group=self._group,
+            min_count=self._config.min_count,
+            meta={"framework": "deepspeed", "ranks": dist.get_world_size()},
+        )
+        trace = None
+        if self._config.sample_tokens:
+            trace = self.recorder.trace(fingerprint, group=self._group)
+        if profile is None or dist.get_rank() != 0:
+            return None
+        output = Path(self._config.output)
+        profile.save(output)
+        if checkpoint is not None:
+            profile.save(Path(checkpoint) / PROFILE_IN_CHECKPOINT)
+        if trace is not None:
+            trace.save(output.with_name(f"{output.name}-sample"))
+        logger.info(
+            "routing profile of %.0f tokens in %s; recorder holds %.1f MB; dropped mass <= %.2g",
+            profile.tokens,
+            output,
+            self.recorder.counters.nbytes / 1e6,
+            profile.dropped_mass.max(),
+        )
+        return profile
+
+    def restore(self, checkpoint: str | os.PathLike[str]) -> None:
+        """Go on from the profile in a checkpoint, if it has one. Rank 0 holds the old counts."""
+        saved = Path(checkpoint) / PROFILE_IN_CHECKPOINT
+        if dist.get_rank() == 0 and saved.exists():
+            self.recorder.counters.restore(RoutingProfile.read(saved))
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _attach(self, model: nn.Module) -> None:
+        self._handles += [
+            model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
+            model.register_forward_hook(self._end_pass, always_call=True),
+        ]
+        for layer, router in enumerate(self._routers):
+            self._handles.append(router.module.register_forward_hook(self._on_route(layer, router)))
+
+    def _begin_pass(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        token_id_BS = _token_ids(args, kwargs)
+        self.recorder.start_micro_batch(
+            token_id_BS.reshape(-1),
+            mask_T=_mask(kwargs.get("attention_mask"), token_id_BS),
+            sequence_T=_sequences(kwargs.get("position_ids"), token_id_BS),
+        )
+
+    def _end_pass(self, *_: Any) -> None:
+        self.recorder.ignore_pass()
+
+    def _on_route(self, layer: int, router: ObservedRouter) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.recorder.record(layer, router.experts(output))
+
+        return hook
+
+
+def _native_experts(output: tuple[Any, ...], top_k: int) -> Tensor:
+    """[T, K] experts from either output of `TopKGate`; -1 where capacity dropped the token."""
+    if isinstance(output[1], int):
+        return output[3].t()  # Sparse: (loss, capacity, experts, indices [K, T], ...).
+    sent_TE = output[2].any(dim=2)  # Dense: (loss, weights, mask [T, E, capacity], counts).
+    held, expert_TK = sent_TE.to(torch.uint8).topk(top_k, dim=1)
+    return expert_TK.masked_fill(held == 0, -1)
+
+
+def _token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    candidates = [kwargs.get("input_ids"), *args]
+    for value in candidates:
+        if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+            return value
+    raise ConfigError(
+        explain(
+            "the model was called without token ids, which the routing profile counts by",
+            where="semantic_ep.observe.output",
+            do="Pass input_ids [batch, sequence] by name or as the first argument, or switch "
+            "observation off",
+        )
+    )
+
+
+def _mask(attention_mask: Any, token_id_BS: Tensor) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == token_id_BS.shape:
+        return attention_mask.reshape(-1)
+    raise ConfigError(
+        explain(
+            "this attention mask does not tell which tokens are padding",
+            where="semantic_ep.observe.output",
+            got=f"shape {tuple(attention_mask.shape)}"
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__,
+            allowed=f"shape {tuple(token_id_BS.shape)}, as the token ids",
+        )
+    )
+
+
+def _sequences(position_ids: Any, token_id_BS: Tensor) -> Tensor:
+    """[T] number of each token's sequence: rows, cut where positions start again."""
+    starts_BS = torch.zeros_like(token_id_BS, dtype=torch.int32)
+    starts_BS[:, 0] = 1
+    if isinstance(position_ids, Tensor) and position_ids.shape == token_id_BS.shape:
+        starts_BS |= (position_ids == 0).to(torch.int32)
+    return starts_BS.reshape(-1).cumsum(0, dtype=torch.int32)
+
+
+def _check_shape(routers: list[ObservedRouter], fingerprint: ModelFingerprint) -> None:
+    found = {(router.num_experts, router.top_k) for router in routers}
+    wanted = (fingerprint.num_experts, fingerprint.top_k)
+    if found != {wanted} or len(routers) != fingerprint.num_layers:
+        raise ConfigError(
+            explain(
+                "the MoE layers that DeepSpeed runs are not those of the model",
+                where="semantic_ep.observe.output",
+                got=f"{len(routers)} layers of (experts, top-k) {sorted(found)}",
+                allowed=f"{fingerprint.num_layers} layers of {wanted}",
+                do="Layers must agree in experts and top-k to be observed",
+            )
+        )
+
+
+def _data_parallel_group(engine: Any) -> tuple[dist.ProcessGroup, bool]:
+    """A gloo group of the ranks that see different tokens, and whether to count on this rank.
+
+    Tensor-parallel ranks see the same tokens: only the data-parallel group of rank 0 counts.
+    """
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    for obstacle, present in (
+        ("pipeline parallelism", isinstance(engine, PipelineEngine)),
+        ("sequence parallelism", getattr(engine, "sequence_parallel_size", 1) > 1),
+    ):
+        if present:
+            raise ConfigError(
+                explain(
+                    f"routing cannot be observed exactly under DeepSpeed's {obstacle}",
+                    where="semantic_ep.observe.output",
+                    do="Remove it, or set semantic_ep.enabled to false",
+                )
+            )
+    mine = tuple(dist.get_process_group_ranks(engine.data_parallel_group))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    group = None
+    for ranks in sorted(set(everyone)):
+        created = dist.new_group(list(ranks), backend="gloo")
+        if ranks == mine:
+            group = created
+    assert group is not None
+    return group, 0 in mine
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """The parameter's full value, gathered if ZeRO 3 has it in pieces."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        return parameter.detach().clone()

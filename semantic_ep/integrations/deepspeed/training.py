@@ -1,0 +1,215 @@
+"""`initialize`: `deepspeed.initialize` that reads the `semantic_ep` section of the same JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from semantic_ep.artifacts import ModelFingerprint
+from semantic_ep.config import SECTION, SemanticEPConfig, section_of
+from semantic_ep.errors import CheckpointError, ConfigError, PeerFailureError, explain
+from semantic_ep.integrations.deepspeed.observation import RoutingObservation, find_routers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# What gloo, NCCL and the store say when a peer is gone; they raise plain RuntimeErrors.
+_PEER_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "timed out waiting",
+    "broken pipe",
+    "socket timeout",
+    "nccl communicator was aborted",
+    "remote process exited",
+)
+
+
+def initialize(
+    args: Namespace | None = None,
+    model: nn.Module | None = None,
+    *,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    tokenizer_json: bytes | None = None,
+    **deepspeed_arguments: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Call `deepspeed.initialize`, and do what the `semantic_ep` section says.
+
+    With `enabled` and `observe.output` set, the routing of training tokens is recorded; the
+    profile is written by `engine.save_checkpoint` and read back by `engine.load_checkpoint`.
+    `engine.semantic_ep` is the `RoutingObservation`, or None.
+
+    Args:
+        args: As in DeepSpeed; `--semantic-ep-...` flags in it override the JSON.
+        model: As in DeepSpeed.
+        config: DeepSpeed JSON, as a path or a mapping; else `args.deepspeed_config`.
+        tokenizer_json: Contents of tokenizer.json, to tell models apart by tokenizer too.
+        **deepspeed_arguments: Passed on.
+
+    Returns:
+        (engine, optimizer, dataloader, lr_scheduler), as DeepSpeed.
+
+    Raises:
+        ConfigError: The section is wrong, or asks for what this engine cannot do.
+    """
+    import deepspeed
+
+    deepspeed_config = read_config(config, args)
+    settings = SemanticEPConfig.resolve(json_section=section_of(deepspeed_config), args=args)
+    observe = settings.enabled and settings.observe.output != "auto"
+    if settings.enabled and settings.plan.artifact != "auto":
+        raise ConfigError(
+            explain(
+                "DeepSpeed trains with contiguous placement; a plan is for serving",
+                where="semantic_ep.plan.artifact",
+                got=settings.plan.artifact,
+                do="Remove it from the configuration of this training run",
+            )
+        )
+    # AutoEP replaces modules and the identity of the model is read from them: before, not after.
+    identity = _hugging_face_identity(model, tokenizer_json) if observe else None
+    plain = {key: value for key, value in deepspeed_config.items() if key != SECTION}
+    engine, *others = deepspeed.initialize(
+        args=_without_config(args), model=model, config=plain, **deepspeed_arguments
+    )
+    engine.semantic_ep = None
+    if observe:
+        engine.semantic_ep = RoutingObservation(
+            engine,
+            settings.observe,
+            fingerprint=identity or _identity_of_layers(engine.module),
+            vocab_size=_vocab_size(engine.module),
+        )
+        # DeepSpeed has no callback for these events, and chooses the class of its engine itself.
+        engine.__class__ = type(type(engine).__name__, (_ObservedEngine, type(engine)), {})
+    return (engine, *others)
+
+
+class _ObservedEngine:
+    """Tells the observation what happens to an engine."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.global_steps
+        result = super().step(*args, **kwargs)
+        if self.global_steps != before:
+            self.semantic_ep.step()
+        return result
+
+    def save_checkpoint(self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any):
+        result = super().save_checkpoint(save_dir, tag, *args, **kwargs)
+        self.semantic_ep.save(Path(save_dir, str(tag or f"global_step{self.global_steps}")))
+        return result
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
+        path, client_state = super().load_checkpoint(*args, **kwargs)
+        if path is not None:
+            self.semantic_ep.restore(path if Path(path).is_dir() else Path(path).parent)
+        return path, client_state
+
+
+def read_config(
+    config: str | os.PathLike[str] | Mapping[str, Any] | None, args: Namespace | None
+) -> dict[str, Any]:
+    """The DeepSpeed configuration as a dictionary.
+
+    Raises:
+        ConfigError: There is none, or its file is no JSON object.
+    """
+    source = config if config is not None else getattr(args, "deepspeed_config", None)
+    if isinstance(source, Mapping):
+        return dict(source)
+    if source is None:
+        raise ConfigError(
+            explain("no DeepSpeed configuration was given", do="Pass --deepspeed_config FILE")
+        )
+    try:
+        loaded = json.loads(Path(source).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            explain(f"cannot read the DeepSpeed configuration: {error}", where=str(source))
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            explain("the DeepSpeed configuration must be a JSON object", where=str(source))
+        )
+    return loaded
+
+
+@contextmanager
+def peers_must_answer() -> Iterator[None]:
+    """Turn what a backend says about a lost peer into a `PeerFailureError` that says what to do."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = isinstance(error, dist.DistError) or any(sign in text.lower() for sign in _PEER_LOST)
+        if not lost or isinstance(error, PeerFailureError):
+            raise
+        raise PeerFailureError(
+            explain(
+                f"rank {dist.get_rank()} stops: another rank died or does not answer",
+                got=text.splitlines()[0][:200],
+                do="See the log of the rank that failed first; the last complete checkpoint and "
+                "profile are intact",
+            )
+        ) from error
+
+
+def _without_config(args: Namespace | None) -> Namespace | None:
+    """DeepSpeed takes its configuration from one place only."""
+    if args is None:
+        return None
+    return Namespace(**{k: v for k, v in vars(args).items() if k != "deepspeed_config"})
+
+
+def _hugging_face_identity(
+    model: nn.Module | None, tokenizer_json: bytes | None
+) -> ModelFingerprint | None:
+    from semantic_ep.integrations.transformers import model_fingerprint
+
+    try:
+        return model_fingerprint(model, tokenizer_json)
+    except CheckpointError as error:
+        logger.info("the model is identified by its layers alone: %s", error)
+        return None
+
+
+def _identity_of_layers(model: nn.Module) -> ModelFingerprint:
+    routers = find_routers(model)
+    return ModelFingerprint(
+        architecture=type(model).__name__,
+        layer_ids=tuple(range(len(routers))),
+        num_experts=routers[0].num_experts,
+        top_k=routers[0].top_k,
+    )
+
+
+def _vocab_size(model: nn.Module) -> int:
+    from torch import nn
+
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is None:
+        size = max(
+            (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None
+        )
+    if size is None:
+        raise ConfigError(
+            explain(
+                "the vocabulary of the model is unknown",
+                where="semantic_ep.observe.output",
+                do="Give the model a config with vocab_size, or switch observation off",
+            )
+        )
+    return int(size)
