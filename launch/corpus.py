@@ -44,6 +44,8 @@ from semantic_ep.errors import ConfigError, SemanticEPError, explain
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 MIN_CHARS, MAX_CHARS = 600, 20_000
+# Documents of each kind there should be at least: long ones are cut shorter in a small corpus.
+_WANTED_DOCUMENTS = 160
 _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 # One file an operator, generated from a template: thousands of near copies.
 _GENERATED_HEADERS = "ATen/ops"
@@ -75,7 +77,7 @@ class CorpusSettings:
 
     Attributes:
         data: Directories and JSONL files of the user.
-        chars_per_kind: Characters kept of each kind, over all splits.
+        max_megabytes: Million characters kept, over all kinds and splits; kinds get equal parts.
         vocab_size: Entries of the tokenizer.
         holdout_per_kind: Documents of each kind for measuring routing.
         prompts_per_kind: Documents of each kind for serving.
@@ -85,7 +87,7 @@ class CorpusSettings:
     """
 
     data: tuple[str, ...] = ()
-    chars_per_kind: int = 2_000_000
+    max_megabytes: float = 6.0
     vocab_size: int = 8192
     holdout_per_kind: int = 40
     prompts_per_kind: int = 24
@@ -173,28 +175,28 @@ def user_data(source: str) -> Iterator[Candidate]:
             )
 
 
-def choose(candidates: Iterable[Candidate], settings: CorpusSettings) -> list[Document]:
-    """Read candidates in the order of their hash, without near-duplicates, up to the size limit.
+def choose(candidates: Iterable[Candidate], *, max_chars: int, seed: int) -> list[Document]:
+    """Read candidates in the order of their hash, without near-duplicates, up to `max_chars`.
 
     Two texts are near-duplicates when their sketches (the smallest hashes of their runs of eight
     words; A. Broder, "On the resemblance and containment of documents", 1997) share half.
     """
-    ordered = sorted(candidates, key=lambda candidate: _hash(candidate.id, settings.seed))
+    ordered = sorted(candidates, key=lambda candidate: _hash(candidate.id, seed))
     seen: dict[int, list[int]] = defaultdict(list)
     chosen: list[Document] = []
     chars = 0
     kind = ordered[0].kind if ordered else ""
     with tqdm(
         desc=f"read {kind}",
-        total=settings.chars_per_kind,
+        total=max_chars,
         unit_scale=True,
         unit=" chars",
         disable=None,
     ) as progress:
         for candidate in ordered:
-            if chars >= settings.chars_per_kind:
+            if chars >= max_chars:
                 break
-            text = _shortened(candidate.read(), MAX_CHARS)
+            text = _shortened(candidate.read(), min(MAX_CHARS, max_chars // _WANTED_DOCUMENTS))
             if len(text) < MIN_CHARS:
                 continue
             sketch = _sketch(text)
@@ -262,8 +264,10 @@ def build(output: Path, settings: CorpusSettings) -> dict[str, dict[str, int]]:
         ConfigError: The user's data is malformed, or a kind has too few documents.
     """
     train, holdout, prompts = [], [], []
-    for candidates in _candidates(settings):
-        parts = split(choose(candidates, settings), settings)
+    kinds = _candidates(settings)
+    share = round(settings.max_megabytes * 1e6 / len(kinds))
+    for candidates in kinds:
+        parts = split(choose(candidates, max_chars=share, seed=settings.seed), settings)
         for whole, part in zip((train, holdout, prompts), parts, strict=True):
             whole.extend(part)
     tokenizer = train_tokenizer((document.text for document in train), settings.vocab_size)
@@ -409,7 +413,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for field in dataclasses.fields(CorpusSettings):
         if field.name != "data":
             flag = "--" + field.name.replace("_", "-")
-            parser.add_argument(flag, type=int, default=field.default, help="default %(default)s")
+            kind = type(field.default)
+            parser.add_argument(flag, type=kind, default=field.default, help="default %(default)s")
     return parser.parse_args(argv)
 
 
