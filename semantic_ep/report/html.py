@@ -10,7 +10,7 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from semantic_ep.report.plots import byte_unit
+from semantic_ep.report.units import amount, change, percent
 
 TEMPLATE = "report.html.j2"
 # Order and text of the pictures below the first screen; the first screen shows `FIRST_PICTURE`.
@@ -48,32 +48,6 @@ def render(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Mapping[
     return environment.get_template(TEMPLATE).render(
         report=report, pictures=pictures, first_picture=FIRST_PICTURE
     )
-
-
-def amount(value: float, unit: str) -> str:
-    """Spell a number of the headline with its unit."""
-    if unit == "share":
-        return percent(value)
-    if unit == "ratio":
-        return f"{value:.2f}×"
-    if unit == "bytes":
-        scale, name = byte_unit(value)
-        scaled = value / scale
-        return f"{scaled:.3g} {name}" if scaled < 1000 else f"{scaled:,.0f} {name}"
-    return f"{value:.2f}"
-
-
-def percent(value: float) -> str:
-    """Spell a share as a percentage, with a decimal where it would vanish otherwise."""
-    return f"{value:.1%}" if 0 < abs(value) < 0.0095 else f"{value:.0%}"
-
-
-def change(value: float | None, unit: str) -> str:
-    """Spell a change with a true minus sign: relative, but in points for a share."""
-    if value is None:
-        return "n/a"
-    text = f"{100 * value:+.0f} points" if unit == "share" else f"{value:+.0%}"
-    return text.replace("-", "−")
 
 
 def _data_uri(png: bytes) -> str:

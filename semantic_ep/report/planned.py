@@ -37,5 +37,6 @@ def planned(plan: Plan) -> dict[str, Any]:
         "source": f"{PLAN_DIR}/{MANIFEST}",
         **verdict,
         "what_is_scheduled": _SCHEDULED[verdict["mode"]],
-        "lar": {"before": None, "after": None, "ceiling": None},
+        "modes": None,
+        "ceiling_lar": None,
     }

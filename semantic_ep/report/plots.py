@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from semantic_ep.report.units import amount, byte_unit
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -103,7 +105,7 @@ def draw(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
 
     pictures: dict[str, bytes] = {}
     painters: dict[str, Callable[[Figure, Report, Theme], bool]] = {
-        "lar_by_layer": _lar_by_layer,
+        "lar_by_layer": _by_layer,
         "bytes_between_ranks": _bytes_between_ranks,
         "expert_load": _expert_load,
         "training_loss": _training_loss,
@@ -118,53 +120,47 @@ def draw(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
     return pictures
 
 
-def lar_series(report: Report) -> dict[str, Any]:
-    """Series of the LAR picture: before, after, floor, ceiling by layer, None where unknown."""
-    serve, plan = report["serve"], report["plan"]
-    planned = plan["lar"] if plan else dict.fromkeys(("before", "after", "ceiling"))
-    modes = serve["modes"] if serve else None
-    ranks = serve["ep_size"] if serve else plan["ep_size"] if plan else None
-    return {
-        "before": modes["before"]["lar"] if modes else planned["before"],
-        "after": modes["after"]["lar"] if modes else planned["after"],
-        "floor": 1 / ranks if ranks else None,
-        "ceiling": planned["ceiling"],
-    }
-
-
-def _lar_by_layer(figure: Figure, report: Report, theme: Theme) -> bool:
-    series = lar_series(report)
-    before, after = series["before"], series["after"]
-    if before is None or after is None:
+def _by_layer(figure: Figure, report: Report, theme: Theme) -> bool:
+    source = report["serve"] or report["plan"]
+    modes = source["modes"] if source else None
+    if modes is None:
         return False
     layers = report["model"]["layer_ids"]
-    figure.set_size_inches(7.6, 3.3)
-    axes = figure.subplots()
+    figure.set_size_inches(7.6, 4.1)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _dumbbells(upper, modes["before"]["lar"], modes["after"]["lar"], theme)
     x = np.arange(len(layers))
-    axes.vlines(x, before, after, color=theme.after, linewidth=5, alpha=0.28, zorder=2)
-    axes.scatter(x, before, s=58, color=theme.before, zorder=3, label="contiguous")
-    axes.scatter(x, after, s=72, color=theme.after, zorder=4, label="semantic")
-    if series["ceiling"] is not None:
-        axes.hlines(
-            series["ceiling"], x - 0.3, x + 0.3, color=theme.ceiling, linewidth=2, label="ceiling"
-        )
-    if series["floor"] is not None:
-        axes.axhline(
-            series["floor"],
-            color=theme.muted,
-            linestyle=(0, (1, 2)),
-            linewidth=1.4,
-            label="floor 1/G",
-        )
-    axes.set_xticks(x, [str(layer) for layer in layers])
-    axes.set_xlim(-0.6, len(layers) - 0.4)
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.grid(axis="y")
-    axes.set_xlabel("MoE layer")
-    axes.set_title("Activations computed on the token's own rank", pad=26)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, handletextpad=0.4)
+    ceiling = report["plan"]["ceiling_lar"] if report["plan"] else None
+    if ceiling is not None:
+        upper.hlines(ceiling, x - 0.3, x + 0.3, color=theme.ceiling, linewidth=2, label="ceiling")
+    upper.axhline(
+        1 / source["ep_size"],
+        color=theme.muted,
+        linestyle=(0, (1, 2)),
+        linewidth=1.4,
+        label="floor, blind placement",
+    )
+    upper.set_title("Local activation rate (higher is better)", pad=24)
+    upper.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    upper.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.98), ncols=4, handletextpad=0.4)
+    _dumbbells(lower, modes["before"]["remote_copies"], modes["after"]["remote_copies"], theme)
+    lower.set_title("Remote copies of a token (lower is better)")
+    every = -(-len(layers) // 30)
+    lower.set_xticks(x[::every], [str(layer) for layer in layers[::every]])
+    lower.set_xlim(-0.6, len(layers) - 0.4)
+    lower.set_xlabel("MoE layer")
     return True
+
+
+def _dumbbells(axes: Axes, before_L: list[float], after_L: list[float], theme: Theme) -> None:
+    x = np.arange(len(before_L))
+    size = float(np.clip(800 / len(x), 18, 60))
+    axes.vlines(x, before_L, after_L, color=theme.after, linewidth=size**0.5 / 1.6, alpha=0.28)
+    axes.scatter(x, before_L, s=size, color=theme.before, zorder=3, label="contiguous")
+    axes.scatter(x, after_L, s=1.2 * size, color=theme.after, zorder=4, label="semantic")
+    axes.margins(y=0.12)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
 
 
 def _bytes_between_ranks(figure: Figure, report: Report, theme: Theme) -> bool:
@@ -181,11 +177,12 @@ def _bytes_between_ranks(figure: Figure, report: Report, theme: Theme) -> bool:
     panels = figure.subplots(1, 2)
     for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
         image = _heat(axes, matrix / scale, theme, top=top, square=True)
-        axes.set_title(f"{title}: {matrix.sum() / scale:,.0f} {unit}")
+        axes.set_title(f"{title}: {amount(matrix.sum(), 'bytes')}")
         axes.set_xlabel("to rank")
         axes.set_ylabel("from rank")
-        axes.set_xticks(range(len(matrix)))
-        axes.set_yticks(range(len(matrix)))
+        every = -(-len(matrix) // 16)
+        axes.set_xticks(range(0, len(matrix), every))
+        axes.set_yticks(range(0, len(matrix), every))
     bar = figure.colorbar(image, ax=panels, shrink=0.85, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label(unit)
@@ -237,7 +234,7 @@ def _expert_load(figure: Figure, report: Report, theme: Theme) -> bool:
     if serve is None:
         return False
     layers, ranks = report["model"]["layer_ids"], serve["ep_size"]
-    figure.set_size_inches(7.6, 0.9 + 0.62 * 2 + 0.2 * len(layers))
+    figure.set_size_inches(7.6, min(1.6 + 0.2 * len(layers), 4.6))
     panels = figure.subplots(1, 2, sharey=True)
     loads = []
     for key in ("before", "after"):
@@ -251,10 +248,14 @@ def _expert_load(figure: Figure, report: Report, theme: Theme) -> bool:
         image = _heat(axes, load, theme, top=top, square=False)
         slots = load.shape[1] // ranks
         for rank in range(1, ranks):
-            axes.axvline(rank * slots - 0.5, color=theme.surface, linewidth=3)
-        axes.set_xticks((np.arange(ranks) + 0.5) * slots - 0.5, [f"rank {r}" for r in range(ranks)])
+            axes.axvline(rank * slots - 0.5, color=theme.surface, linewidth=12 / (ranks + 2))
+        shown = np.arange(0, ranks, -(-ranks // 16))
+        axes.set_xticks((shown + 0.5) * slots - 0.5, [str(rank) for rank in shown])
+        axes.set_xlabel("experts in the slots of rank")
         axes.set_title(f"{name}: busiest rank {busiest:.2f}× mean")
-    panels[0].set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    every = -(-len(layers) // 16)
+    rows = range(0, len(layers), every)
+    panels[0].set_yticks(rows, [str(layers[row]) for row in rows])
     panels[0].set_ylabel("MoE layer")
     bar = figure.colorbar(image, ax=panels, shrink=0.9, pad=0.02)
     bar.outline.set_visible(False)
@@ -275,11 +276,3 @@ def _training_loss(figure: Figure, report: Report, theme: Theme) -> bool:
     axes.grid(axis="y")
     axes.margins(x=0.01)
     return True
-
-
-def byte_unit(largest: float) -> tuple[float, str]:
-    """Scale and name of the decimal unit in which `largest` is readable."""
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if largest >= scale:
-            return scale, unit
-    return 1.0, "B"

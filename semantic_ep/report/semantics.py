@@ -19,6 +19,8 @@ TOKENS_A_RANK = 28
 MIN_OCCURRENCES = 20
 # What fits beside the picture of the first screen.
 SUBJECTS, TOKENS_A_SUBJECT = 4, 4
+# Rows of the table of kinds.
+KINDS = 16
 
 
 def semantics(sources: RunSources) -> dict[str, Any]:
@@ -144,8 +146,8 @@ def kinds_by_rank(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
     """Where held-out requests of each kind would run.
 
     Returns:
-        `{"kinds": names, "share": [kinds][G], "of_rank": [kinds][G]}`: share is of the kind's
-        tokens (rows sum to 1), of_rank of the rank's (columns sum to 1).
+        `{"kinds": names, "share": [kinds][G], "of_rank": [kinds][G], "left_out": kinds}` of the
+        largest kinds: share is of the kind's tokens (rows sum to 1), of_rank of the rank's.
     """
     bounds = zip(trace.offsets[:-1], trace.offsets[1:], strict=True)
     scores_RG = np.stack([plan.schedule.request_score(trace.token_id[a:b]) for a, b in bounds])
@@ -154,6 +156,14 @@ def kinds_by_rank(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
     names, kind_R = np.unique([str(r["kind"]) for r in trace.requests], return_inverse=True)
     table = np.zeros((len(names), plan.schedule.ep_size))
     np.add.at(table, (kind_R, rank_R), tokens_R)
+    of_rank = table / np.maximum(table.sum(axis=0), 1)
+    largest = np.sort(np.argsort(-table.sum(axis=1), kind="stable")[:KINDS])
+    left_out = len(names) - len(largest)
+    names, table, of_rank = names[largest], table[largest], of_rank[largest]
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    of_rank = table / np.maximum(table.sum(axis=0, keepdims=True), 1)
-    return {"kinds": names.tolist(), "share": share.tolist(), "of_rank": of_rank.tolist()}
+    return {
+        "kinds": names.tolist(),
+        "share": share.tolist(),
+        "of_rank": of_rank.tolist(),
+        "left_out": left_out,
+    }

@@ -11,8 +11,8 @@ import pytest
 
 from semantic_ep.cli import EXIT_ERROR, EXIT_OK, main
 from semantic_ep.report.build import build_report
-from semantic_ep.report.html import amount, change, percent
 from semantic_ep.report.plots import DARK, LIGHT, draw, relative_luminance
+from semantic_ep.report.units import amount, change, percent
 from semantic_ep.tracking import METRICS_FILE
 from tests.unit.report.synthetic_run import make_run
 from tests.wandb_offline import OfflineRun
@@ -155,7 +155,7 @@ def test_text_and_series_stand_out_from_the_surface(theme):
         (1.139, "ratio", "1.14×"),
         (115_900_000, "bytes", "116 MB"),
         (999, "bytes", "999 B"),
-        (2_345_678_000_000, "bytes", "2,346 GB"),
+        (2_345_678_000_000_000, "bytes", "2,346 TB"),
     ],
 )
 def test_amounts_carry_their_unit(value, unit, shown):

@@ -1,0 +1,37 @@
+"""How numbers are spelled for people."""
+
+from __future__ import annotations
+
+
+def amount(value: float, unit: str) -> str:
+    """Spell a number with its unit: share, ratio, bytes, or a plain count a token."""
+    if unit == "share":
+        return percent(value)
+    if unit == "ratio":
+        return f"{value:.2f}×"
+    if unit == "bytes":
+        scale, name = byte_unit(value)
+        scaled = value / scale
+        return f"{scaled:.3g} {name}" if scaled < 1000 else f"{scaled:,.0f} {name}"
+    return f"{value:.2f}"
+
+
+def percent(value: float) -> str:
+    """Spell a share as a percentage, with a decimal where it would vanish otherwise."""
+    return f"{value:.1%}" if 0 < abs(value) < 0.0095 else f"{value:.0%}"
+
+
+def change(value: float | None, unit: str) -> str:
+    """Spell a change with a true minus sign: relative, but in points for a share."""
+    if value is None:
+        return "n/a"
+    text = f"{100 * value:+.0f} points" if unit == "share" else f"{value:+.0%}"
+    return text.replace("-", "−")
+
+
+def byte_unit(largest: float) -> tuple[float, str]:
+    """Scale and name of the decimal unit in which `largest` is readable."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if largest >= scale:
+            return scale, unit
+    return 1.0, "B"
