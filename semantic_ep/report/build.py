@@ -15,7 +15,7 @@ L layers, G ranks, E experts; "before" is the contiguous placement, "after" the 
     train           steps, loss, first_loss, last_loss                                | null
     observe         tokens, layers, experts, top_k, load [L][E], load_max_over_mean   | null
     plan            the verdict, see `semantic_ep.report.planned`                     | null
-    serve           requests, identical_outputs, modes.before / modes.after           | null
+    serve           requests, identical_outputs, links, modes.before / modes.after    | null
     semantics       tokens, kinds, subjects, see `semantic_ep.report.semantics`
     definitions     [{term, text}]
 """
@@ -47,8 +47,10 @@ from semantic_ep.report.sources import (
     ServeResult,
     TrainRow,
 )
+from semantic_ep.topology import LINKS, Link
 
 SCHEMA_VERSION = 1
+COMPARED_LINKS = ("nvlink4", "pcie5", "ib_ndr", "ethernet_100g", "ethernet_25g")
 DEFINITIONS = (
     (
         "EP rank",
@@ -204,9 +206,27 @@ def _serve(result: ServeResult, placement: Placement | None) -> dict[str, Any]:
         "num_requests": result.num_requests,
         "max_new_tokens": result.max_new_tokens,
         "identical_outputs": result.identical_outputs.model_dump(),
+        "links": [_on_link(LINKS[name], result) for name in COMPARED_LINKS],
         "modes": {
             names[mode]: _served_mode(result.modes[mode], placements[mode]) for mode in MODES
         },
+    }
+
+
+def _on_link(link: Link, result: ServeResult) -> dict[str, Any]:
+    """How long the busiest rank's bytes take at the link's bandwidth; latency is left out.
+
+    Placement changes bytes and not the number of messages, so latency adds the same to both.
+    """
+    rate = link.gigabytes_per_second * 1e9
+    before = result.modes["contiguous"].straggler_bytes() / rate
+    after = result.modes["semantic"].straggler_bytes() / rate
+    return {
+        "link": link.name,
+        "gigabytes_per_second": link.gigabytes_per_second,
+        "before_seconds": before,
+        "after_seconds": after,
+        "saved_seconds": before - after,
     }
 
 
@@ -227,7 +247,7 @@ def _served_mode(mode: ServedMode, placement: Placement | None) -> dict[str, Any
         "remote_copies_mean": float(np.mean(mode.remote_copies)),
         "wire_bytes": wire.tolist(),
         "wire_bytes_total": int(wire.sum()),
-        "straggler_bytes": int(max(wire.sum(axis=0).max(), wire.sum(axis=1).max())),
+        "straggler_bytes": mode.straggler_bytes(),
         "rank_load": mode.rank_load,
         "busiest_rank": busiest,
         "busiest_rank_mean": float(np.mean(busiest)),

@@ -8,23 +8,40 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from semantic_ep.report.units import amount, change, percent
+from semantic_ep.report.units import amount, change, milliseconds, percent
 
-TEMPLATE = "report.html.j2"
-# Order and text of the pictures below the first screen; the first screen shows `FIRST_PICTURE`.
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+# The first screen shows this picture; the template places the others.
 FIRST_PICTURE = "lar_by_layer"
+# A change smaller than this is neither good nor bad.
+_INDIFFERENT = 0.005
 
 
 def render(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> str:
-    """Return the page.
+    """Return the page of one run.
 
     Args:
         report: The content of `report.json`.
         light: PNG of each picture by name, for light appearance and print.
         dark: The same pictures for dark appearance.
     """
+    pictures = {
+        name: {"light": _data_uri(light[name]), "dark": _data_uri(dark[name])} for name in light
+    }
+    template = _environment().get_template("report.html.j2")
+    return template.render(report=report, pictures=pictures, first_picture=FIRST_PICTURE)
+
+
+def render_comparison(comparison: Mapping[str, Any]) -> str:
+    """Return the page of several runs from the content of `comparison.json`."""
+    return _environment().get_template("compare.html.j2").render(comparison=comparison)
+
+
+def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -38,16 +55,19 @@ def render(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Mapping[
         "amount": amount,
         "change": change,
         "percent": percent,
+        "milliseconds": milliseconds,
         "integer": lambda value: f"{value:,.0f}",
         "bytes": lambda value: amount(value, "bytes"),
-        "milliseconds": lambda value: f"{1e3 * value:,.1f}",
+        "mood": _mood,
     }
-    pictures = {
-        name: {"light": _data_uri(light[name]), "dark": _data_uri(dark[name])} for name in light
-    }
-    return environment.get_template(TEMPLATE).render(
-        report=report, pictures=pictures, first_picture=FIRST_PICTURE
-    )
+    return environment
+
+
+def _mood(value: float | None, better: str) -> str:
+    """CSS class of a change: "good", "bad", or "" where it is neither."""
+    if value is None or abs(value) < _INDIFFERENT:
+        return ""
+    return "good" if (value > 0) == (better == "higher") else "bad"
 
 
 def _data_uri(png: bytes) -> str:

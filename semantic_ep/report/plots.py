@@ -208,7 +208,7 @@ def _heat(axes: Axes, matrix: np.ndarray, theme: Theme, *, top: float, square: b
             axes.text(
                 column,
                 row,
-                f"{value:,.0f}" if top >= 10 else f"{value:.2g}",
+                f"{value:,.0f}" if top >= 100 else f"{value:.1f}",
                 ha="center",
                 va="center",
                 fontsize=8,

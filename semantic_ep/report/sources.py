@@ -89,9 +89,19 @@ class ServedMode(_Record):
 
     def wire_bytes(self) -> np.ndarray:
         """[G, G] int64, dispatch and combine bytes from rank [i] to another rank [j]."""
-        total: np.ndarray = np.asarray(self.bytes_dispatch) + np.asarray(self.bytes_combine)
-        np.fill_diagonal(total, 0)
-        return total
+        wire: np.ndarray = _off_diagonal(self.bytes_dispatch) + _off_diagonal(self.bytes_combine)
+        return wire
+
+    def straggler_bytes(self) -> int:
+        """Bytes of the rank that sends or receives most, in dispatch plus in combine."""
+        phases = (_off_diagonal(self.bytes_dispatch), _off_diagonal(self.bytes_combine))
+        return sum(int(max(sent.sum(axis=0).max(), sent.sum(axis=1).max())) for sent in phases)
+
+
+def _off_diagonal(matrix: list[list[int]]) -> np.ndarray:
+    wire = np.array(matrix, dtype=np.int64)
+    np.fill_diagonal(wire, 0)
+    return wire
 
 
 class IdenticalOutputs(_Record):

@@ -29,6 +29,12 @@ def change(value: float | None, unit: str) -> str:
     return text.replace("-", "−")
 
 
+def milliseconds(seconds: float) -> str:
+    """Spell a time in ms with three digits, or as a whole number from 1000 on."""
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def byte_unit(largest: float) -> tuple[float, str]:
     """Scale and name of the decimal unit in which `largest` is readable."""
     for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

@@ -12,38 +12,40 @@ from semantic_ep.artifacts import write_file_atomically
 from semantic_ep.errors import ArtifactError, BackendError, explain
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+COMPARISON_JSON, COMPARISON_HTML = "comparison.json", "comparison.html"
 
 
 def write_report(report: Mapping[str, Any], directory: str | Path) -> list[Path]:
-    """Draw a report; returns the files, `report.html` last.
+    """Draw the report of one run; returns the files, `report.html` last.
 
     Raises:
         BackendError: A drawing library is missing; no file was written.
         ArtifactError: `directory` cannot be written.
     """
-    output = Path(directory)
-    with _house_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    try:
+    output = _made(directory)
+    with _missing_library_explained():
         from semantic_ep.report.html import render
         from semantic_ep.report.plots import DARK, LIGHT, draw
 
         light, dark = draw(report, LIGHT), draw(report, DARK)
         page = render(report, light, dark)
-    except ImportError as error:
-        raise BackendError(
-            explain(
-                f"a report needs {error.name}, which is not installed",
-                do='pip install "semantic_ep[report]", or use --json',
-            )
-        ) from error
-    files = {REPORT_JSON: to_json(report).encode()}
-    files |= {f"{name}.png": png for name, png in light.items()}
-    files[REPORT_HTML] = page.encode()
-    with _house_errors(output):
-        for name, content in files.items():
-            write_file_atomically(output / name, content)
-    return [output / name for name in files]
+    pictures = {f"{name}.png": png for name, png in light.items()}
+    return _write(output, {REPORT_JSON: to_json(report), **pictures, REPORT_HTML: page})
+
+
+def write_comparison(comparison: Mapping[str, Any], directory: str | Path) -> list[Path]:
+    """Draw the comparison of several runs; returns the files, `comparison.html` last.
+
+    Raises:
+        BackendError: A drawing library is missing; no file was written.
+        ArtifactError: `directory` cannot be written.
+    """
+    output = _made(directory)
+    with _missing_library_explained():
+        from semantic_ep.report.html import render_comparison
+
+        page = render_comparison(comparison)
+    return _write(output, {COMPARISON_JSON: to_json(comparison), COMPARISON_HTML: page})
 
 
 def to_json(report: Mapping[str, Any]) -> str:
@@ -51,8 +53,36 @@ def to_json(report: Mapping[str, Any]) -> str:
     return json.dumps(report, indent=1, allow_nan=False) + "\n"
 
 
+def _made(directory: str | Path) -> Path:
+    output = Path(directory)
+    with _unwritable_explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def _write(output: Path, files: Mapping[str, str | bytes]) -> list[Path]:
+    with _unwritable_explained(output):
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            write_file_atomically(output / name, data)
+    return [output / name for name in files]
+
+
 @contextmanager
-def _house_errors(output: Path) -> Iterator[None]:
+def _missing_library_explained() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise BackendError(
+            explain(
+                f"a report needs {error.name}, which is not installed",
+                do='pip install "semantic_ep[report]", or use --json',
+            )
+        ) from error
+
+
+@contextmanager
+def _unwritable_explained(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

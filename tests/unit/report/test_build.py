@@ -74,6 +74,19 @@ def test_what_stays_on_its_rank_is_no_traffic(copy):
     assert after["before"]["wire_bytes_total"] == before["before"]["wire_bytes_total"]
 
 
+def test_other_links_are_predicted_from_the_busiest_rank_of_each_phase(run, report):
+    for row in report["serve"]["links"]:
+        for side, mode in (("before", "contiguous"), ("after", "semantic")):
+            busiest = 0
+            for phase in ("bytes_dispatch", "bytes_combine"):
+                sent = np.array(run.serve["modes"][mode][phase])
+                np.fill_diagonal(sent, 0)
+                busiest += max(sent.sum(axis=0).max(), sent.sum(axis=1).max())
+            expected = busiest / (1e9 * row["gigabytes_per_second"])
+            assert row[f"{side}_seconds"] == pytest.approx(expected)
+        assert row["saved_seconds"] > 0
+
+
 def test_every_source_is_named_with_its_checksum(run, report):
     found = {entry["path"]: entry["sha256"] for entry in report["sources"]}
     artifacts = {f"{name}/{MANIFEST}" for name in ("profile", "holdout", "plan")}

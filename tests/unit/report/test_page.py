@@ -176,6 +176,32 @@ def test_json_prints_the_truth_and_writes_nothing(run, capsys):
     assert sorted(path.name for path in run.iterdir()) == before
 
 
+def test_several_runs_are_compared_on_one_page(run, tmp_path, capsys):
+    flat = make_run(tmp_path / "flat", requests=64, affinity=0.0).path
+    planned = tmp_path / "planned"
+    shutil.copytree(run / "plan", planned / "plan")
+    runs = [str(run), str(flat), str(planned)]
+    assert main(["report", *runs, "-o", str(tmp_path / "out")]) == EXIT_OK
+    assert "study: Worth turning on" in capsys.readouterr().out
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [row["run"] for row in comparison["runs"]] == ["study", "flat", "planned"]
+    assert [row["answer"] for row in comparison["runs"]] == ["yes", "no", "yes"]
+    own = {entry["id"]: entry for entry in build_report(run)["headline"]["numbers"]}
+    for identity, entry in comparison["runs"][0]["numbers"].items():
+        assert entry["after"] == own[identity]["after"]
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    parsed(page)
+    assert "2 of 3 runs gain" in page
+    assert "not measured" in page
+
+
+def test_a_comparison_needs_a_directory_of_its_own(run, capsys):
+    assert main(["report", str(run), str(run)]) == EXIT_ERROR
+    assert "Give -o DIR" in capsys.readouterr().err
+    assert main(["report", str(run), str(run), "--json", "--wandb", "offline"]) == EXIT_ERROR
+    assert "--wandb" in capsys.readouterr().err
+
+
 def test_errors_are_one_clean_message(tmp_path, run, capsys):
     assert main(["report", str(tmp_path / "absent")]) == EXIT_ERROR
     assert "nothing to report on here" in capsys.readouterr().err
