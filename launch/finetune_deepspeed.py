@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from chunks import Chunks
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
@@ -42,7 +43,6 @@ from semantic_ep.integrations.deepspeed.observation import find_routers
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.tracking import Tracker
 
-SHORTEST_CHUNK = 32
 HOLDOUT_BATCH = 8
 
 
@@ -141,34 +141,6 @@ def build_model(args: argparse.Namespace, tokenizer: Any) -> Any:
         pad_token_id=tokenizer.pad_token_id,
     )
     return Qwen3MoeForCausalLM(config)
-
-
-class Chunks:
-    """Training sequences: each is a piece of one document, in an order fixed by the seed."""
-
-    def __init__(self, data: Path, *, length: int, pad: int, seed: int) -> None:
-        """Cut the documents of a corpus into pieces of at most `length` tokens."""
-        self._tokens = np.load(data / "train.npy", mmap_mode="r")
-        self._length, self._pad = length, pad
-        self._pieces = []
-        with (data / "documents.jsonl").open() as stream:
-            for document in map(json.loads, stream):
-                end = document["first"] + document["tokens"]
-                for first in range(document["first"], end, length):
-                    if end - first >= SHORTEST_CHUNK:
-                        self._pieces.append((first, min(first + length, end)))
-        self._order = np.random.default_rng(seed).permutation(len(self._pieces))
-
-    def batch(self, number: int, size: int) -> tuple[Tensor, Tensor]:
-        """Batch `number` of `size` sequences: token ids and mask, both [size, length] int64."""
-        token_id = torch.full((size, self._length), self._pad)
-        mask = torch.zeros((size, self._length), dtype=torch.int64)
-        for row in range(size):
-            index = self._order[(number * size + row) % len(self._order)]
-            first, last = self._pieces[index]
-            piece = torch.from_numpy(self._tokens[first:last].astype(np.int64))
-            token_id[row, : len(piece)], mask[row, : len(piece)] = piece, 1
-        return token_id, mask
 
 
 def train(engine: Any, args: argparse.Namespace, tracker: Tracker) -> None:
