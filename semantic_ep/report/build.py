@@ -8,7 +8,7 @@ L layers, G ranks, E experts; "before" is the contiguous placement, "after" the 
     run             name of the run directory
     made            at, versions
     model           fingerprint, or null
-    stages          [{name, title, done, source, command}], in pipeline order
+    stages          [{title, source, done, command}], in pipeline order
     sources         [{path, sha256}]
     headline        answer ("yes" | "no" | "unknown"), sentence, notes, basis, and
                     numbers [{id, label, unit, before, after, change, better, source, how}]
@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -128,48 +130,56 @@ def build_report(run_dir: str | Path) -> dict[str, Any]:
 
 
 def stages(sources: RunSources) -> list[dict[str, Any]]:
-    """Which stages left results, and the command that makes each."""
+    """Which stages left results, and the command that made or would make each.
+
+    Artefacts record their command; the profile's is that of the run that fine-tuned.
+    """
     run = sources.directory
+    commands = {name: _recorded_command(run / name / MANIFEST) for name in (PROFILE_DIR, PLAN_DIR)}
+    if sources.serve and sources.serve.command:
+        commands[SERVE_FILE] = _spelled(sources.serve.command)
     rows = (
         (
-            "fine-tune",
-            "Fine-tune and observe",
+            "Fine-tune",
             TRAIN_FILE,
-            f"deepspeed launch/finetune_deepspeed.py --deepspeed --deepspeed_config "
-            f"configs/debug/cpu_2rank.json --data {run}/data --output {run}",
+            commands[PROFILE_DIR] or f"launch/finetune_deepspeed.py --output {run}",
         ),
         (
-            "profile",
-            "Routing profile",
+            "Observe routing",
             f"{PROFILE_DIR}/{MANIFEST}",
-            "written by the fine-tuning run (semantic_ep.observe)",
+            commands[PROFILE_DIR] or f"launch/finetune_deepspeed.py --output {run}",
         ),
         (
-            "plan",
             "Plan placement and schedule",
             f"{PLAN_DIR}/{MANIFEST}",
-            f"semantic-ep plan --profile {run}/profile --holdout {run}/holdout --ep-size 4 "
-            f"-o {run}/plan",
+            commands[PLAN_DIR]
+            or f"semantic-ep plan --profile {run}/profile --holdout {run}/holdout -o {run}/plan",
         ),
         (
-            "serve",
             "Serve in both modes, interleaved",
             SERVE_FILE,
-            f"deepspeed --num_gpus 4 launch/serve.py --model {run}/model --plan {run}/plan "
-            f"--prompts {run}/data/prompts.jsonl --compare contiguous semantic "
-            f"--out {run}/serve.json",
+            commands.get(SERVE_FILE)
+            or f"launch/serve.py --model {run}/model --plan {run}/plan "
+            f"--compare contiguous semantic --out {run}/serve.json",
         ),
     )
     return [
-        {
-            "name": name,
-            "title": title,
-            "done": source in sources.files,
-            "source": source,
-            "command": command,
-        }
-        for name, title, source, command in rows
+        {"title": title, "source": source, "done": source in sources.files, "command": command}
+        for title, source, command in rows
     ]
+
+
+def _recorded_command(manifest: Path) -> str:
+    if not manifest.is_file():
+        return ""
+    return _spelled(json.loads(manifest.read_bytes()).get("command", []))
+
+
+def _spelled(command: list[str]) -> str:
+    """The command line, without the machine's path to the program."""
+    if not command:
+        return ""
+    return shlex.join([Path(command[0]).name, *command[1:]])
 
 
 def _train(rows: tuple[TrainRow, ...]) -> dict[str, Any]:

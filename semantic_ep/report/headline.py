@@ -83,6 +83,13 @@ def _served(serve: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _estimate(plan: Mapping[str, Any]) -> str:
+    saved = plan["remote_copies_saved"]
+    verdict = "worth turning on" if plan["worth_it"] else "not worth turning on"
+    change = f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} remote copies"
+    return f"Estimated {verdict}: {change} on {plan['ep_size']} ranks, not yet served."
+
+
 def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What the four numbers do not say: the price in balance, and time on this machine."""
     notes = []
@@ -122,7 +129,7 @@ def _planned(plan: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "answer": "yes" if plan["worth_it"] else "no",
-        "sentence": f"Estimated, not yet served: {plan['summary']}.",
+        "sentence": _estimate(plan),
         "notes": [],
         "basis": kind,
         "numbers": [

@@ -13,7 +13,10 @@ _SCHEDULED = {
     "requests": "whole requests get a rank, predicted from their token ids",
     "tokens": "each token gets a rank in each layer, predicted from its id",
 }
-_NEEDED = ("ep_size", "mode", "tokens", "held_out", "policies", "worth_it", "summary")
+_NEEDED = (
+    *("ep_size", "mode", "tokens", "held_out", "policies"),
+    *("remote_copies_saved", "worth_it", "summary"),
+)
 
 
 def planned(plan: Plan) -> dict[str, Any]:

@@ -264,6 +264,8 @@ def _expert_load(figure: Figure, report: Report, theme: Theme) -> bool:
 
 
 def _training_loss(figure: Figure, report: Report, theme: Theme) -> bool:
+    from matplotlib.ticker import MaxNLocator
+
     train = report["train"]
     if train is None:
         return False
@@ -271,6 +273,7 @@ def _training_loss(figure: Figure, report: Report, theme: Theme) -> bool:
     axes = figure.subplots()
     loss = np.array([np.nan if value is None else value for value in train["loss"]])
     axes.plot(train["steps"], loss, color=theme.after, linewidth=1.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_title("Training loss")
     axes.grid(axis="y")

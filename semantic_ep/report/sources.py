@@ -117,6 +117,7 @@ class ServeResult(_Record):
 
     ep_size: PositiveInt
     model: Annotated[ModelFingerprint, BeforeValidator(lambda data: _fingerprint(data))]
+    command: list[str] = Field(default_factory=list)
     num_requests: Count
     max_new_tokens: Count
     identical_outputs: IdenticalOutputs

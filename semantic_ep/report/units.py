@@ -25,8 +25,8 @@ def change(value: float | None, unit: str) -> str:
     """Spell a change with a true minus sign: relative, but in points for a share."""
     if value is None:
         return "n/a"
-    text = f"{100 * value:+.0f} points" if unit == "share" else f"{value:+.0%}"
-    return text.replace("-", "−")
+    text = f"{100 * value:+.0f}{' points' if unit == 'share' else '%'}"
+    return text.replace("+0", "±0").replace("-0", "±0").replace("-", "−")
 
 
 def milliseconds(seconds: float) -> str:

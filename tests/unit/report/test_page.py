@@ -165,6 +165,7 @@ def test_amounts_carry_their_unit(value, unit, shown):
 def test_changes_are_relative_but_points_for_shares():
     assert change(-0.421, "bytes") == "−42%"
     assert change(0.389, "share") == "+39 points"
+    assert change(-0.001, "ratio") == change(0.004, "ratio") == "±0%"
     assert change(None, "bytes") == "n/a"
     assert percent(0) == "0%"
 
