@@ -227,8 +227,8 @@ class RoutingObservation:
 
 def _native_experts(output: tuple[Any, ...], top_k: int) -> Tensor:
     """[T, K] experts from either output of `TopKGate`; -1 where capacity dropped the token."""
-    if isinstance(output[1], int):
-        return output[3].t()  # Sparse: (loss, capacity, experts, indices [K, T], ...).
+    if len(output) > 4:  # Sparse: (loss, capacity, experts, indices [K, T], locations, ...).
+        return output[3].t()
     sent_TE = output[2].any(dim=2)  # Dense: (loss, weights, mask [T, E, capacity], counts).
     held, expert_TK = sent_TE.to(torch.uint8).topk(top_k, dim=1)
     return expert_TK.masked_fill(held == 0, -1)
