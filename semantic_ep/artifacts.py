@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -247,7 +247,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def hash_arrays(arrays: Sequence[np.ndarray]) -> str:
+def hash_arrays(arrays: Iterable[np.ndarray]) -> str:
     """sha256 over dtype, shape and bytes of the arrays, in order."""
     digest = hashlib.sha256()
     for array in arrays:

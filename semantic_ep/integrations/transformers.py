@@ -15,6 +15,7 @@ from semantic_ep.artifacts import ModelFingerprint, hash_arrays
 from semantic_ep.errors import CheckpointError, explain
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
 _LAYER_PATH = re.compile(r"(?:.*\.)?layers\.(\d+)")
@@ -102,29 +103,30 @@ def model_fingerprint(model: nn.Module, tokenizer_json: bytes | None = None) -> 
     Raises:
         CheckpointError: As `find_moe_layers`, or a router is sharded, offloaded or on `meta`.
     """
-    sites = find_moe_layers(model)
-    weights = []
-    for site in sites:
-        weight = model.get_submodule(site.router).weight
-        if weight.is_meta or weight.ndim != 2 or weight.shape[0] != site.num_experts:
-            raise CheckpointError(
-                explain(
-                    f"{site.router}.weight is not whole on this process",
-                    got=f"shape {tuple(weight.shape)} on {weight.device}",
-                    allowed=f"[{site.num_experts}, hidden]",
-                    do="Take the fingerprint before the model is sharded (ZeRO 3), or gather it",
-                )
-            )
-        weights.append(weight.detach().float().cpu().numpy())
-    shape = moe_shape(model)
+    shape, sites = moe_shape(model), find_moe_layers(model)
     return ModelFingerprint(
         architecture=shape.model_type,
         layer_ids=shape.layer_ids,
         num_experts=shape.num_experts,
         top_k=shape.top_k,
-        router_sha256=hash_arrays(weights),
+        router_sha256=hash_arrays(_router_weight(model, site) for site in sites),
         tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest() if tokenizer_json else "",
     )
+
+
+def _router_weight(model: nn.Module, site: MoELayerSite) -> np.ndarray:
+    """[E, D] float32."""
+    weight = model.get_submodule(site.router).weight
+    if weight.is_meta or weight.ndim != 2 or weight.shape[0] != site.num_experts:
+        raise CheckpointError(
+            explain(
+                f"{site.router}.weight is not whole on this process",
+                got=f"shape {tuple(weight.shape)} on {weight.device}",
+                allowed=f"[{site.num_experts}, hidden]",
+                do="Take the fingerprint before the model is sharded (ZeRO 3), or gather it",
+            )
+        )
+    return weight.detach().float().cpu().numpy()
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

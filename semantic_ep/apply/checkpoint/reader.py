@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,16 @@ class Checkpoint:
     def fingerprint(self) -> ModelFingerprint:
         """Identify the model; see `checkpoint_fingerprint`."""
         tokenizer = self.directory / TOKENIZER
-        content = tokenizer.read_bytes() if tokenizer.is_file() else b""
+        content = b""
+        if tokenizer.is_file():
+            with reading(tokenizer):
+                content = tokenizer.read_bytes()
         return ModelFingerprint(
             architecture=self.shape.model_type,
             layer_ids=self.shape.layer_ids,
             num_experts=self.shape.num_experts,
             top_k=self.shape.top_k,
-            router_sha256=hash_arrays([_read_float32(entry) for entry in self.routers]),
+            router_sha256=hash_arrays(_read_float32(entry) for entry in self.routers),
             tokenizer_sha256=hashlib.sha256(content).hexdigest() if content else "",
         )
 
@@ -228,18 +232,27 @@ def checkpoint_fingerprint(directory: Path) -> ModelFingerprint:
     return Checkpoint.open(directory).fingerprint()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint; `CheckpointError` if the file does not hold one."""
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn the system's refusal to read a file of a checkpoint into a `CheckpointError`."""
     try:
-        content = json.loads(file.read_bytes())
+        yield
     except OSError as error:
         raise CheckpointError(
             explain(
-                f"cannot read this file of a Hugging Face checkpoint: {error.strerror}",
+                f"cannot read this file of a Hugging Face checkpoint: {error.strerror or error}",
                 where=str(file),
-                do="Give a directory with config.json and *.safetensors",
+                do="Give a readable directory with config.json and *.safetensors; nothing was "
+                "written",
             )
         ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint; `CheckpointError` if the file does not hold one."""
+    try:
+        with reading(file):
+            content = json.loads(file.read_bytes().decode("utf-8"))
     except ValueError as error:
         raise CheckpointError(
             explain(
@@ -303,9 +316,9 @@ def _read_shard(file: Path) -> Shard:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="np"):
+        with reading(file), safe_open(file, framework="np"):
             pass
-        with file.open("rb") as stream:
+        with reading(file), file.open("rb") as stream:
             data_begin = 8 + int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(data_begin - 8))
         header.pop("__metadata__", None)
@@ -330,10 +343,10 @@ def _read_shard(file: Path) -> Shard:
             position = entry.end
         if position != file.stat().st_size:
             raise ValueError(f"data ends at byte {position} of {file.stat().st_size}")
-    except (OSError, SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             explain(
-                "the safetensors file is truncated, corrupt or unreadable",
+                "the safetensors file is truncated or corrupt",
                 where=str(file),
                 got=str(error),
                 do="Download or save this file again; nothing was written",
@@ -352,7 +365,7 @@ def _read_float32(entry: TensorEntry) -> np.ndarray:
                 allowed=sorted(_FLOATS),
             )
         )
-    with entry.file.open("rb") as stream:
+    with reading(entry.file), entry.file.open("rb") as stream:
         stream.seek(entry.begin)
         content = stream.read(entry.end - entry.begin)
     stored = np.frombuffer(content, dtype=_FLOATS[entry.dtype]).reshape(entry.shape)

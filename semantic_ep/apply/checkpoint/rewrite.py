@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from semantic_ep.apply.checkpoint.reader import CONFIG, Checkpoint, TensorEntry, read_json
+from semantic_ep.apply.checkpoint.reader import CONFIG, Checkpoint, TensorEntry, read_json, reading
 from semantic_ep.apply.checkpoint.writer import (
     Progress,
     Segment,
@@ -120,7 +120,8 @@ def apply_layout(
         return rewrite.summary
     with new_directory(output) as directory:
         digests = _write_files(rewrite, directory, progress)
-        original = (source / CONFIG).read_bytes()
+        with reading(source / CONFIG):
+            original = (source / CONFIG).read_bytes()
         recorded = dataclasses.replace(
             layout,
             fingerprint=fingerprint,
@@ -280,7 +281,7 @@ def _write_files(rewrite: _Rewrite, directory: Path, progress: Progress | None) 
 def _other_files(checkpoint: Checkpoint) -> Iterator[str]:
     """Files besides config, shards and layout, relative and sorted."""
     written_apart = {CONFIG, *(shard.file.name for shard in checkpoint.shards)}
-    for parent, directories, names in os.walk(checkpoint.directory):
+    for parent, directories, names in os.walk(checkpoint.directory, onerror=_refuse):
         relative = Path(parent).relative_to(checkpoint.directory)
         skipped = set(_METADATA_DIRECTORIES)
         if relative == Path("."):
@@ -288,6 +289,11 @@ def _other_files(checkpoint: Checkpoint) -> Iterator[str]:
             names = [name for name in names if name not in written_apart]
         directories[:] = sorted(set(directories) - skipped)
         yield from (str(relative / name) for name in sorted(names))
+
+
+def _refuse(error: OSError) -> None:
+    with reading(Path(error.filename)):
+        raise error
 
 
 def _marked_config(original: bytes, layout_sha256: str) -> bytes:
@@ -340,17 +346,8 @@ def _recorded_layout(source: Path) -> Layout:
 def _check_unchanged(source: Path, digests: Mapping[str, str]) -> None:
     for name, expected in digests.items():
         file = source / name
-        try:
-            with file.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise CheckpointError(
-                explain(
-                    f"a file that was written with the layout cannot be read: {error.strerror}",
-                    where=str(file),
-                    do="Copy it again; nothing was written",
-                )
-            ) from error
+        with reading(file), file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != expected:
             raise CheckpointError(
                 explain(

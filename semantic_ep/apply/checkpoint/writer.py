@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from semantic_ep.apply.checkpoint.reader import reading
 from semantic_ep.errors import CheckpointError, explain
 
 BUFFER_BYTES = 8 << 20
@@ -152,21 +153,13 @@ def write_segments(
 
 
 def _open_source(file: Path) -> int:
-    try:
+    with reading(file):
         return os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(
-            explain(f"cannot read the source: {error.strerror}", where=str(file))
-        ) from error
 
 
 def _read_at(descriptor: int, chunk: memoryview, position: int, file: Path) -> int:
-    try:
+    with reading(file):
         count = os.preadv(descriptor, [chunk], position)
-    except OSError as error:
-        raise CheckpointError(
-            explain(f"cannot read the source: {error.strerror}", where=str(file))
-        ) from error
     if count == 0:
         raise CheckpointError(
             explain(
