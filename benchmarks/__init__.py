@@ -1,0 +1,1 @@
+"""Benchmarks: one module a theme, one runner, one result schema."""

@@ -1,0 +1,304 @@
+"""Placements and schedules of every method on recorded routing, with one protocol.
+
+Traces (`--trace`): requests are split at random into a profiled and an evaluated part; everything
+is planned on the first and counted on all tokens of the second. Loads (`--loads`): a placement with
+spare slots is planned on one workload's expert load and weighed on another's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import multiprocessing
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plan_loads
+from benchmarks.registry import Chart, Result, Row, Table
+from semantic_ep.errors import ConfigError, explain, nearest
+
+logger = logging.getLogger(__name__)
+
+# Placements that the row "random" is the mean of, over all seeds together.
+RANDOM_PLACEMENTS = 20
+
+
+FIGURES = (
+    "lar",
+    "remote_copies",
+    "node_copies",
+    "load_max_over_mean",
+    "tokens_max_over_mean",
+    "solve_seconds",
+    "peak_mb",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A placement policy and how tokens find their home rank.
+
+    Attributes:
+        name: Name in rows and on the command line.
+        policy: Name of the placement policy.
+        mode: "tokens" (equal slices of a batch, anew in each layer) or "requests" (whole).
+        scheduled: Whether home ranks follow predicted affinity.
+    """
+
+    name: str
+    policy: str
+    mode: str = "tokens"
+    scheduled: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the theme's flags."""
+    parser.add_argument(
+        "--trace", action="append", type=Path, default=[], metavar="NPZ",
+        help="routing trace; repeat for several. Without token_id only placements are compared",
+    )  # fmt: skip
+    parser.add_argument("--ep", type=int, nargs="+", default=[4, 8], metavar="G", help="EP ranks")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes that the ranks are spread over")
+    parser.add_argument("--profile-fraction", type=float, default=0.2, metavar="F")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="random splits, 0..N-1")
+    parser.add_argument(
+        "--methods", nargs="+", default=["all"], metavar="M",
+        help="method names, or all; an unknown name lists them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-experts", type=int, metavar="E",
+        help="experts a layer (default: the largest id + 1, rounded up to a multiple of 4)",
+    )  # fmt: skip
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for a policy")
+    parser.add_argument(
+        "--jobs", type=int, default=1,
+        help="processes; more than one disturbs solve_seconds (default: 1)",
+    )  # fmt: skip
+    plan_loads.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Compare on traces, on loads, or on both.
+
+    Raises:
+        ConfigError: Neither is given, or a method is unknown.
+    """
+    if not args.trace and not args.loads:
+        raise ConfigError(
+            explain("nothing to plan on", where="--trace, --loads", do="Give one or both")
+        )
+    parts = []
+    if args.trace:
+        parts.append(_run_traces(args))
+    if args.loads:
+        parts.append(plan_loads.run(args))
+    return Result(
+        theme="plan",
+        protocol={key: value for part in parts for key, value in part.protocol.items()},
+        rows=[row for part in parts for row in part.rows],
+        tables=[table for part in parts for table in part.tables],
+        charts=[chart for part in parts for chart in part.charts],
+    )
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name: each policy as it is meant, and what its parts are worth alone."""
+    from semantic_ep.plan.policies import policies
+
+    ours = {"semantic", "semantic-requests"}
+    baselines = [Method(name=name, policy=name) for name in policies() if name not in ours]
+    rest = [
+        Method(name="contiguous+schedule", policy="contiguous", scheduled=True),
+        Method(name="semantic-placement-only", policy="semantic"),
+        Method(name="semantic", policy="semantic", scheduled=True),
+        Method(name="contiguous-requests", policy="contiguous", mode="requests"),
+        Method(
+            name="semantic-requests", policy="semantic-requests", mode="requests", scheduled=True
+        ),
+    ]
+    return {method.name: method for method in [*baselines, *rest]}
+
+
+def chosen_methods(names: Sequence[str], *, token_ids: bool) -> list[Method]:
+    """Methods by name; those that need token ids are left out where there are none.
+
+    Raises:
+        ConfigError: A name is unknown.
+    """
+    known = methods()
+    wanted = list(known) if "all" in names else list(names)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        close = nearest(unknown[0], known)
+        raise ConfigError(
+            explain(
+                "unknown method",
+                where="--methods",
+                got=unknown[0],
+                allowed=["all", *known],
+                do=f'Did you mean "{close}"?' if close else None,
+            )
+        )
+    needing = [name for name in wanted if known[name].scheduled or "semantic" in name]
+    if needing and not token_ids:
+        logger.warning("no token ids in this trace: leaving out %s", ", ".join(needing))
+        wanted = [name for name in wanted if name not in needing]
+    return [known[name] for name in wanted]
+
+
+def _run_traces(args: argparse.Namespace) -> Result:
+    from semantic_ep.observe.formats import read_npz_trace
+
+    tasks = []
+    for path in args.trace:
+        trace = read_npz_trace(path, num_experts=args.num_experts)
+        wanted = chosen_methods(args.methods, token_ids=bool((trace.token_id >= 0).any()))
+        for ep_size in args.ep:
+            tasks += [(path, method, ep_size, args) for method in wanted]
+    # A fresh process for each method: peak_mb is then its own, and nothing stays cached.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        rows = [row for part in _progress(pool.map(_measure, tasks), len(tasks)) for row in part]
+    return Result(
+        theme="plan",
+        protocol=_protocol(args),
+        rows=rows,
+        tables=list(_tables(rows)),
+        charts=_charts(rows),
+    )
+
+
+def _measure(task: tuple[Path, Method, int, argparse.Namespace]) -> list[dict[str, Any]]:
+    """All seeds of one method on one trace, in a process of its own."""
+    from semantic_ep.observe.formats import read_npz_trace
+    from semantic_ep.plan.policies import policy
+    from semantic_ep.plan.verdict import judge
+    from semantic_ep.topology import Topology
+
+    path, method, ep_size, args = task
+    trace = read_npz_trace(path, num_experts=args.num_experts)
+    rows = []
+    for seed in range(args.seeds):
+        profiled, evaluated = trace.split(args.profile_fraction, seed=seed)
+        placements = -(-RANDOM_PLACEMENTS // args.seeds) if method.policy == "random" else 1
+        judged = [
+            judge(
+                profiled,
+                evaluated,
+                policy(method.policy),
+                ep_size,
+                seed * placements + number,
+                method.mode,
+                scheduled=method.scheduled,
+                topology=Topology.uniform(ep_size, num_nodes=args.nodes),
+                time_limit=args.time_limit,
+            )
+            for number in range(placements)
+        ]
+        for same_layer in zip(*judged, strict=True):
+            rows.append(
+                {
+                    "trace": path.stem,
+                    "method": method.name,
+                    "mode": method.mode,
+                    "ep_size": ep_size,
+                    "profile_fraction": args.profile_fraction,
+                    "seed": seed,
+                    "layer": same_layer[0]["layer"],
+                    **{name: statistics.fmean(row[name] for row in same_layer) for name in FIGURES},
+                }
+            )
+    return rows
+
+
+def _progress(parts: Iterable[Any], total: int) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    yield from tqdm(parts, total=total, unit="method", disable=None)
+
+
+def _protocol(args: argparse.Namespace) -> dict[str, Any]:
+    from semantic_ep.plan.verdict import BATCH_TOKENS, WINDOW_REQUESTS
+
+    return {
+        "traces": [path.name for path in args.trace],
+        "split": f"by request, {args.profile_fraction:.0%} profiled, the rest evaluated",
+        "seeds": args.seeds,
+        "nodes": args.nodes,
+        "time_limit": args.time_limit,
+        "tokens": f"equal slices in every batch of {BATCH_TOKENS} consecutive tokens",
+        "requests": f"whole requests, in windows of {WINDOW_REQUESTS}",
+        "random": f"mean of {RANDOM_PLACEMENTS} placements over all seeds",
+        "evaluated": "every token of every MoE layer, unseen token ids included",
+        "definitions": {
+            "lar": "share of (token, expert) activations on the token's home rank",
+            "remote_copies": "mean distinct ranks other than home that a token is sent to",
+            "node_copies": "mean distinct nodes other than home's that a token is sent to",
+            "load_max_over_mean": "activations on the busiest rank over the mean of ranks",
+            "tokens_max_over_mean": "home tokens on the fullest rank over the mean of ranks",
+            "solve_seconds": "wall time of the placement policy alone",
+            "peak_mb": "largest resident memory of the process, reading the trace included",
+        },
+    }
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[Table]:
+    means = [row for row in rows if row["layer"] == "mean"]
+    for trace, ep_size in dict.fromkeys((row["trace"], row["ep_size"]) for row in means):
+        here = [row for row in means if (row["trace"], row["ep_size"]) == (trace, ep_size)]
+        by_method: dict[str, list[Row]] = {}
+        for row in here:
+            by_method.setdefault(row["method"], []).append(row)
+        plain = {
+            row["mode"]: statistics.fmean(other["remote_copies"] for other in by_method[name])
+            for name in ("contiguous", "contiguous-requests")
+            for row in by_method.get(name, [])
+        }
+        yield Table(
+            title=f"{trace}, EP{ep_size}: mean over layers, mean ± standard deviation over "
+            f"{len(next(iter(by_method.values())))} splits",
+            rows=[_summary(name, group, plain) for name, group in by_method.items()],
+        )
+
+
+def _summary(name: str, group: Sequence[Row], plain: dict[str, float]) -> Row:
+    def mean(figure: str) -> float:
+        return statistics.fmean(row[figure] for row in group)
+
+    base = plain.get(group[0]["mode"])
+    change = None if not base else f"{mean('remote_copies') / base - 1:+.1%}"
+    return {
+        "method": name,
+        "lar": f"{mean('lar'):.4f} ± {statistics.pstdev(row['lar'] for row in group):.4f}",
+        "remote_copies": f"{mean('remote_copies'):.4f}",
+        "vs contiguous": change or "",
+        "node_copies": mean("node_copies"),
+        "load max/mean": mean("load_max_over_mean"),
+        "tokens max/mean": mean("tokens_max_over_mean"),
+        "solve s": mean("solve_seconds"),
+        "peak MB": round(max(row["peak_mb"] for row in group)),
+    }
+
+
+def _charts(rows: Sequence[Row]) -> list[Chart]:
+    means = [row for row in rows if row["layer"] == "mean"]
+    charts = []
+    for trace in dict.fromkeys(row["trace"] for row in means):
+        here = [{**row, "EP": f"EP{row['ep_size']}"} for row in means if row["trace"] == trace]
+        for figure, label in (("lar", "LAR"), ("remote_copies", "remote copies a token")):
+            charts.append(
+                Chart(
+                    title=f"{trace}: {label}",
+                    kind="bars",
+                    rows=here,
+                    x="method",
+                    y=figure,
+                    series="EP",
+                    y_label=label,
+                )
+            )
+    return charts
