@@ -1,0 +1,24 @@
+"""Megatron-core: place the experts of a model, and profile its routing.
+
+In a script that builds a Megatron model:
+
+    parse_args(extra_args_provider=add_arguments)
+    run = SemanticRun.prepare(SemanticEPConfig.resolve(args=args), config, vocab_size=...)
+    model = GPTModel(config, run.place(layer_spec), ...)
+    observation = run.observe(model)      # then step() after the optimizer, save() at checkpoints
+"""
+
+from semantic_ep.config import add_arguments
+from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
+from semantic_ep.integrations.megatron.observation import RoutingObservation
+from semantic_ep.integrations.megatron.run import SemanticRun
+from semantic_ep.integrations.megatron.specs import place_experts
+
+__all__ = [
+    "PlacedLayers",
+    "RoutingObservation",
+    "SemanticMoELayer",
+    "SemanticRun",
+    "add_arguments",
+    "place_experts",
+]

@@ -1,0 +1,132 @@
+"""What a Megatron training run asks of this package: a placement and a routing profile."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from semantic_ep.artifacts import ModelFingerprint
+from semantic_ep.config import SemanticEPConfig
+from semantic_ep.errors import ConfigError, explain
+from semantic_ep.integrations.megatron.layer import PlacedLayers
+from semantic_ep.integrations.megatron.observation import RoutingObservation
+from semantic_ep.integrations.megatron.specs import place_experts
+from semantic_ep.plan.plan import Plan
+
+ARCHITECTURE = "megatron_gpt"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SemanticRun:
+    """The `--semantic-ep-…` settings of one run, checked against its model.
+
+    Attributes:
+        config: The settings.
+        fingerprint: The model, its router weights unknown.
+        vocab_size: Token ids of the tokenizer (V).
+        placed: Experts of the slots of every MoE layer, or None without a plan.
+    """
+
+    config: SemanticEPConfig
+    fingerprint: ModelFingerprint
+    vocab_size: int
+    placed: PlacedLayers | None
+
+    @classmethod
+    def prepare(
+        cls,
+        config: SemanticEPConfig,
+        model: TransformerConfig,
+        *,
+        vocab_size: int,
+        tokenizer_sha256: str = "",
+    ) -> Self:
+        """Read the plan, if one is set, and check that it is for this model.
+
+        Args:
+            config: `SemanticEPConfig.resolve(args=...)` of the parsed command line.
+            model: Megatron's configuration of the model.
+            vocab_size: Token ids of the tokenizer, without padding (V).
+            tokenizer_sha256: Hash of tokenizer.json, "" when unknown.
+
+        Raises:
+            ConfigError: A setting contradicts Megatron's own.
+            ArtifactError: The plan cannot be read, or belongs to another model.
+        """
+        _check_settings(config, model)
+        fingerprint = ModelFingerprint(
+            architecture=ARCHITECTURE,
+            layer_ids=moe_layer_ids(model),
+            num_experts=model.num_moe_experts or 0,
+            top_k=model.moe_router_topk,
+            tokenizer_sha256=tokenizer_sha256,
+        )
+        placed = None
+        if config.enabled and config.plan.artifact != "auto":
+            plan = Plan.read(config.plan.artifact)
+            fingerprint.check(plan.fingerprint, what=f"the plan {config.plan.artifact}")
+            placed = PlacedLayers(placement=plan.placement, layer_ids=fingerprint.layer_ids)
+        return cls(config=config, fingerprint=fingerprint, vocab_size=vocab_size, placed=placed)
+
+    def place(self, spec: Any, *, pg_collection: ProcessGroupCollection | None = None) -> Any:
+        """The layer or block spec with placed experts; the same spec without a plan."""
+        if self.placed is None:
+            return spec
+        return place_experts(spec, self.placed, pg_collection=pg_collection)
+
+    def observe(
+        self, model: nn.Module, *, pad_token_id: int | None = None
+    ) -> RoutingObservation | None:
+        """Attach to the built model; None where nothing is to be recorded. Collective."""
+        if not self.config.enabled or self.config.observe.output == "auto":
+            return None
+        return RoutingObservation(
+            model,
+            self.config.observe,
+            fingerprint=self.fingerprint,
+            vocab_size=self.vocab_size,
+            pad_token_id=pad_token_id,
+        )
+
+
+def moe_layer_ids(model: TransformerConfig) -> tuple[int, ...]:
+    """Model layer indices, from 0, of the MoE layers, as `moe_layer_freq` says."""
+    if not model.num_moe_experts:
+        return ()
+    frequency = model.moe_layer_freq
+    if isinstance(frequency, int):
+        return tuple(range(0, model.num_layers, frequency))
+    return tuple(layer for layer, is_moe in enumerate(frequency) if is_moe)
+
+
+def _check_settings(config: SemanticEPConfig, model: TransformerConfig) -> None:
+    mistakes = []
+    if config.enabled and not model.num_moe_experts:
+        mistakes.append(
+            explain("the model has no experts", where="semantic_ep.enabled", do="Set --num-experts")
+        )
+    if config.groups.ep_size not in ("auto", model.expert_model_parallel_size):
+        mistakes.append(
+            explain(
+                "contradicts --expert-model-parallel-size",
+                where="semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size",
+                got=config.groups.ep_size,
+                allowed=f'{model.expert_model_parallel_size} or "auto"',
+            )
+        )
+    if config.dispatch.backend != "auto":
+        mistakes.append(
+            explain(
+                "in training Megatron's own dispatcher sends the tokens",
+                where="semantic_ep.dispatch.backend, --semantic-ep-dispatch-backend",
+                got=config.dispatch.backend,
+                allowed="auto",
+                do="Choose with --moe-token-dispatcher-type",
+            )
+        )
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
