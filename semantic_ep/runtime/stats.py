@@ -1,13 +1,17 @@
-"""Counters of what a dispatcher sends: exact, and cheap enough to be always on."""
+"""Counters of what a dispatcher sends, and timers: exact, and cheap enough to be always on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -96,3 +100,40 @@ class DispatchStats:
         """[L] float64, mean number of other ranks that a token is sent to."""
         remote = self.rows_dispatch.sum(axis=1) - self.rows_dispatch[:, self.rank]
         return remote / np.maximum(self.tokens, 1)
+
+
+class PhaseTimer:
+    """Seconds spent in named phases; on a GPU by events, which do not stall it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all phases."""
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`."""
+        if self.device.type == "cuda":
+            import torch
+
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last reset. Waits for the device."""
+        for name, begin, end in self._events:
+            end.synchronize()
+            self._seconds[name] += begin.elapsed_time(end) / 1e3
+        self._events.clear()
+        return dict(self._seconds)

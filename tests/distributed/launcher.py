@@ -1,8 +1,8 @@
 """Run a function on several gloo ranks inside one test.
 
-Ranks are forked from a server that has torch imported already, so that a launch costs a fraction of
-a second after the first. A rank that raises, dies or hangs fails the test, with its traceback, and
-takes the others down with it.
+Ranks are forked from a server that has the frameworks imported already, so that a launch costs a
+fraction of a second after the first. A rank that raises, dies or hangs fails the test, with its
+traceback, and takes the others down with it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -19,8 +20,16 @@ import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-_PRELOAD = ["torch", "torch.distributed", "numpy"]
+_PRELOAD = [
+    "torch.distributed",
+    "transformers.models.auto.modeling_auto",
+    "transformers.generation.utils",
+    "deepspeed",
+]
+# Known to the server before it imports them: ranks run on the CPU, one thread each.
+_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def run_ranks(
@@ -47,6 +56,8 @@ def run_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    with mock.patch.dict(os.environ, _ENVIRONMENT):
+        multiprocessing.forkserver.ensure_running()
     with tempfile.TemporaryDirectory(prefix="semantic-ep-ranks-") as directory:
         store = str(Path(directory, "store"))
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -122,7 +133,7 @@ def _rank_main(
     # The terminal's interrupt is for the test process, which then kills its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(LOCAL_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    os.environ.update(LOCAL_SIZE=str(world_size))
     import torch
     import torch.distributed as dist
 

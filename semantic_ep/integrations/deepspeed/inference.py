@@ -1,0 +1,144 @@
+"""DeepSpeed-Inference with semantic expert parallelism for Hugging Face MoE models.
+
+`deepspeed.init_inference` has no expert parallelism for these models: its `moe` section reaches
+`deepspeed.moe` layers only. Here the experts are sharded before the model is handed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from semantic_ep.apply.checkpoint import Checkpoint
+from semantic_ep.errors import BackendError, explain
+from semantic_ep.integrations.expert_parallel import (
+    SemanticExperts,
+    StepContext,
+    replace_experts,
+)
+from semantic_ep.integrations.sharded_loading import load_expert_shard
+from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime.backends import VerifiedDispatcher, create_dispatcher
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+    from torch.distributed import ProcessGroup
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertParallelModel:
+    """A model inside DeepSpeed-Inference whose experts are spread over an EP group.
+
+    Attributes:
+        engine: `deepspeed.InferenceEngine`; call it like the model.
+        experts: The expert modules in layer order.
+        context: What they share; set its mask before each call.
+        dispatcher: Of the EP group, with its counters.
+        placement: Which experts are where.
+    """
+
+    engine: Any
+    experts: Sequence[SemanticExperts]
+    context: StepContext
+    dispatcher: VerifiedDispatcher
+    placement: Placement
+
+    @property
+    def module(self) -> nn.Module:
+        """The Hugging Face model."""
+        return self.engine.module
+
+
+def init_distributed(*, device_type: str, peer_timeout: float) -> None:
+    """Start the default process group through DeepSpeed, from the launcher's variables.
+
+    Args:
+        device_type: "cuda" for NCCL, "cpu" for gloo.
+        peer_timeout: Seconds after which a silent peer is given up.
+    """
+    import deepspeed
+
+    # Its shared-memory collectives for CPU ranks need a compiler on first use, ignore process
+    # groups, and crash where the launcher does not set LOCAL_SIZE.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device_type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=peer_timeout),
+        verbose=False,
+    )
+
+
+def init_inference(
+    checkpoint: Checkpoint,
+    *,
+    placement: Placement,
+    group: ProcessGroup,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    node_of_rank: np.ndarray | None = None,
+) -> ExpertParallelModel:
+    """Load this rank's experts, replace the MoE blocks' experts and start DeepSpeed-Inference.
+
+    Args:
+        checkpoint: An opened Hugging Face checkpoint, in logical expert order.
+        placement: Experts of its layers on the slots of the group's ranks.
+        group: The EP group; its rank r owns the slots r * S .. (r + 1) * S - 1.
+        device: Of this rank.
+        dtype: Of the weights.
+        backend: Dispatch backend, see `semantic_ep.runtime.backends`.
+        node_of_rank: Node of each EP rank, for the choice between copies; None means one node.
+
+    Raises:
+        PlacementError: The placement is of another model.
+        BackendError: The placement is for another number of ranks.
+        CheckpointError: As `load_expert_shard`.
+    """
+    import deepspeed
+
+    if placement.ep_size != group.size():
+        raise BackendError(
+            explain(
+                f"the plan is for {placement.ep_size} ranks and the EP group has {group.size()}",
+                where="semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size",
+                do=f"Start {placement.ep_size} ranks, or plan with --ep-size {group.size()}",
+            )
+        )
+    model = load_expert_shard(checkpoint, placement=placement, rank=group.rank(), dtype=dtype)
+    dispatcher = create_dispatcher(
+        backend,
+        group=group,
+        slots_per_rank=placement.slots_per_rank,
+        num_layers=placement.num_layers,
+    )
+    context = StepContext(device)
+    experts = replace_experts(
+        model,
+        placement=placement,
+        rank=group.rank(),
+        dispatcher=dispatcher,
+        context=context,
+        node_of_rank=node_of_rank,
+    )
+    # DeepSpeed casts every floating tensor; families keep some in float32 (router biases).
+    exact = {name: tensor for name, tensor in _tensors(model) if tensor.dtype == torch.float32}
+    engine = deepspeed.init_inference(model, config={"dtype": dtype})
+    for name, tensor in _tensors(engine.module):
+        if name in exact and tensor.dtype != torch.float32:
+            tensor.data = exact[name].data.to(tensor.device)
+    return ExpertParallelModel(
+        engine=engine,
+        experts=experts,
+        context=context,
+        dispatcher=dispatcher,
+        placement=placement,
+    )
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

@@ -1,0 +1,150 @@
+"""Expert-parallel experts for the MoE blocks of Hugging Face models.
+
+Only the `experts` module of a block is replaced. Router, shared experts and the block itself stay
+transformers' own and logical: router ids are mapped to slots after routing, so that any placement,
+with or without replicas, serves any router, group-limited ones included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from semantic_ep.integrations.transformers import find_moe_layers
+from semantic_ep.runtime.slots import remap, slot_tables
+from semantic_ep.runtime.stats import PhaseTimer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from semantic_ep.plan.placement import Placement
+    from semantic_ep.runtime.backends import VerifiedDispatcher
+    from semantic_ep.runtime.dispatch import Dispatched
+
+
+class StepContext:
+    """What the MoE layers of one model need to know about the current step.
+
+    Attributes:
+        mask_T: bool, which tokens of the flattened batch are real; None means all.
+        timer: Seconds in dispatch, experts and combine, over all layers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.mask_T: Tensor | None = None
+        self.timer = PhaseTimer(device)
+
+
+class SemanticExperts(nn.Module):
+    """Stands where a Hugging Face MoE block has its fused experts.
+
+    Args:
+        local: The family's own experts module, with the S slots of this rank.
+        dispatcher: Of the EP group.
+        layer: Index of the MoE layer, 0..L-1.
+        slot_table_E: int64, slot of each logical expert for tokens of this rank.
+        hidden_size: D.
+        top_k: Experts a token activates (K).
+        context: Shared by the layers of the model.
+    """
+
+    slot_table_E: Tensor
+
+    def __init__(
+        self,
+        local: nn.Module,
+        *,
+        dispatcher: VerifiedDispatcher,
+        layer: int,
+        slot_table_E: Tensor,
+        hidden_size: int,
+        top_k: int,
+        context: StepContext,
+    ) -> None:
+        super().__init__()
+        self.local = local
+        self.dispatcher = dispatcher
+        self.layer = layer
+        self.hidden_size = hidden_size
+        self.top_k = top_k
+        self.context = context
+        self.register_buffer("slot_table_E", slot_table_E, persistent=False)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run [T, D] tokens through their top-k experts, wherever these live.
+
+        Args:
+            hidden_states: [T, D].
+            top_k_index: [T, K] logical expert ids.
+            top_k_weights: [T, K].
+
+        Raises:
+            PeerFailureError: Another rank died or did not answer in time.
+        """
+        slot_TK = remap(self.slot_table_E, top_k_index, self.context.mask_T)
+        # Equal on all ranks, also on those that have no token to learn it from.
+        exact = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        timer = self.context.timer
+        with timer.phase("dispatch"):
+            dispatched = self.dispatcher.dispatch(
+                hidden_states, slot_TK, top_k_weights.to(exact), layer=self.layer
+            )
+        with timer.phase("experts"):
+            y_RD = self._compute(dispatched)
+        with timer.phase("combine"):
+            return self.dispatcher.combine(y_RD, dispatched)
+
+    def run_idle(self) -> None:
+        """Take part in the exchange of this layer without a token, for the other ranks."""
+        weight = next(self.local.parameters())
+        hidden = weight.new_empty(0, self.hidden_size)
+        index = torch.empty(0, self.top_k, dtype=torch.long, device=weight.device)
+        mask, self.context.mask_T = self.context.mask_T, None
+        self(hidden, index, hidden.new_empty(0, self.top_k))
+        self.context.mask_T = mask
+
+    def _compute(self, dispatched: Dispatched) -> Tensor:
+        rows_RD = dispatched.rows_RD
+        if len(rows_RD) == 0:
+            return rows_RD
+        # The family's own forward, with one expert a row; combine applies the weights.
+        return self.local(rows_RD, dispatched.slot_R[:, None], rows_RD.new_ones(len(rows_RD), 1))
+
+
+def replace_experts(
+    model: nn.Module,
+    *,
+    placement: Placement,
+    rank: int,
+    dispatcher: VerifiedDispatcher,
+    context: StepContext,
+    node_of_rank: np.ndarray | None = None,
+) -> Sequence[SemanticExperts]:
+    """Replace the experts of every MoE block, in place; returns them in layer order.
+
+    Args:
+        model: From `semantic_ep.integrations.sharded_loading.load_expert_shard`.
+        placement: The placement it was loaded for.
+        rank: EP rank.
+        dispatcher: Of the EP group, with L layers.
+        context: Shared by the layers.
+        node_of_rank: Node of each EP rank, for the choice between copies; None means one node.
+    """
+    tables = torch.from_numpy(slot_tables(placement, rank=rank, node_of_rank=node_of_rank))
+    replaced = []
+    for layer, site in enumerate(find_moe_layers(model)):
+        experts = SemanticExperts(
+            model.get_submodule(site.experts),
+            dispatcher=dispatcher,
+            layer=layer,
+            slot_table_E=tables[layer],
+            hidden_size=model.config.get_text_config().hidden_size,
+            top_k=site.top_k,
+            context=context,
+        )
+        model.set_submodule(site.experts, experts)
+        replaced.append(experts)
+    return replaced
