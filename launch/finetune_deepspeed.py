@@ -29,7 +29,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from semantic_ep.apply.checkpoint.writer import check_vacant
-from semantic_ep.config import SECTION, add_arguments, section_of
+from semantic_ep.config import SECTION, SemanticEPConfig, add_arguments, section_of
 from semantic_ep.errors import ConfigError, SemanticEPError, explain
 from semantic_ep.integrations.deepspeed import (
     LoadBalancingLoss,
@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--balance-loss",
         type=float,
         nargs=2,
-        default=(0.3, 0.02),
+        default=(0.2, 0.05),
         metavar=("FIRST", "LAST"),
         help="load-balancing loss: its weight falls linearly between these",
     )
@@ -136,6 +136,8 @@ def build_model(args: argparse.Namespace, tokenizer: Any) -> Any:
         num_experts_per_tok=args.top_k,
         norm_topk_prob=True,
         max_position_embeddings=2048,
+        # The usual 0.02 is for widths of thousands; a narrow model would start all but asleep.
+        initializer_range=0.8 * args.hidden_size**-0.5,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -176,6 +178,7 @@ def train(engine: Any, args: argparse.Namespace, tracker: Tracker) -> None:
                 "step": step,
                 "loss": float(window[0] / window[2]),
                 "balance_loss": float(window[1] / window[2]),
+                "expert_load_max_over_mean": balance.max_over_mean(),
                 "lr": engine.get_lr()[0],
                 "tokens": tokens,
                 "seconds": time.monotonic() - started,
@@ -194,7 +197,10 @@ def log(row: dict[str, Any], output: Path, tracker: Tracker) -> None:
         stream.write(json.dumps(row) + "\n")
     metrics = {f"train/{name}": value for name, value in row.items() if name != "step"}
     tracker.log(metrics, step=row["step"])
-    tqdm.write(f"step {row['step']:>5}  loss {row['loss']:.3f}  balance {row['balance_loss']:.3f}")
+    tqdm.write(
+        f"step {row['step']:>5}  loss {row['loss']:.3f}  "
+        f"expert load max/mean {row['expert_load_max_over_mean']:.2f}"
+    )
 
 
 def route_documents(
@@ -280,6 +286,15 @@ def run(args: argparse.Namespace) -> None:
     """Train, save, and route the held-out documents."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = complete_config(args)
+    settings = SemanticEPConfig.resolve(json_section=config[SECTION], args=args)
+    if not settings.enabled:
+        raise ConfigError(
+            explain(
+                "this script observes routing, and observation is off",
+                where=f"semantic_ep.enabled in {args.deepspeed_config}",
+                do="Set it to true",
+            )
+        )
     tokenizer = load_tokenizer(args.data)
     check_vacant(args.output / "model")
     init_distributed(device_type=device, peer_timeout=args.peer_timeout)
@@ -294,22 +309,13 @@ def run(args: argparse.Namespace) -> None:
             model_parameters=model.parameters(),
             tokenizer_json=tokenizer.backend_tokenizer.to_str(pretty=True).encode(),
         )
-        if engine.semantic_ep is None:
-            raise ConfigError(
-                explain(
-                    "this script observes routing, and observation is off",
-                    where=f"semantic_ep.enabled in {args.deepspeed_config}",
-                    do="Set it to true",
-                )
-            )
         if dist.get_rank() == 0:
             print(f"{parameters / 1e6:.1f} M parameters on {dist.get_world_size()} ranks")
-        wandb = config[SECTION].get("tracking", {}).get("wandb", "auto")
         with Tracker.start(
             args.output,
             config={"deepspeed": config},
             job_type="train",
-            wandb=wandb,
+            wandb=settings.tracking.wandb,
             rank=dist.get_rank(),
         ) as tracker:
             train(engine, args, tracker)

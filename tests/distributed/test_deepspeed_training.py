@@ -201,6 +201,55 @@ def test_a_checkpoint_carries_the_profile_and_a_resumed_run_continues_it(recorde
     assert_same_counts(RoutingProfile.read(output / "resumed"), longer)
 
 
+def _balance(rank, ranks):
+    from semantic_ep.integrations.deepspeed import LoadBalancingLoss
+
+    engine = start(tiny_model(), deepspeed_config())
+    balance = LoadBalancingLoss(engine.module, window=4.0)
+    inputs = [(router, []) for router in autoep_routers(engine)]
+    for router, seen in inputs:
+        router.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0].detach()))
+    measured, passes = [], []
+    for token_id, mask in batches(rank, 3):
+        engine(input_ids=token_id, attention_mask=mask)
+        measured.append(float(balance.of_last_pass(mask.reshape(-1))))
+        passes.append(mask.reshape(-1).bool())
+    everyone = [None] * ranks
+    dist.all_gather_object(everyone, _probabilities(inputs, passes))
+    expected = []
+    for number in range(3):
+        losses = []
+        for layer in range(len(inputs)):
+            count = sum(
+                0.75 ** (number - past) * _count(probability[layer][past])
+                for probability in everyone
+                for past in range(number + 1)
+            )
+            mine = everyone[rank][layer][number].mean(dim=0)
+            losses.append(8 * float((count / count.sum() * mine).sum()))
+        expected.append(sum(losses) / len(losses))
+    assert measured == pytest.approx(expected, rel=1e-5)
+
+
+def _probabilities(inputs, passes):
+    """Layer -> pass -> [real tokens, E]."""
+    return [
+        [
+            (x @ router.gate.weight.T).softmax(dim=1).detach()[mask]
+            for x, mask in zip(seen, passes, strict=True)
+        ]
+        for router, seen in inputs
+    ]
+
+
+def _count(probability_TE):
+    return torch.bincount(probability_TE.topk(2, dim=1).indices.reshape(-1), minlength=8).float()
+
+
+def test_the_balancing_loss_sees_all_ranks_and_recent_passes():
+    run_ranks(_balance, 2)
+
+
 class NativeModel(nn.Module):
     """Embedding and two `deepspeed.moe` layers."""
 
@@ -349,6 +398,7 @@ def _refusals(rank, ranks, output):
 
     refused("Did you mean", semantic_ep={"enabled": True, "observ": {}})
     refused("contiguous placement", semantic_ep={"enabled": True, "plan": {"artifact": "p"}})
+    refused("two settings", semantic_ep={"enabled": True, "groups": {"ep_size": 4}})
     refused("no MoE layer that DeepSpeed runs", expert_parallel={"enabled": False})
     engine = start(tiny_model(), deepspeed_config(output))
     token_id, _ = next(batches(rank, 1))

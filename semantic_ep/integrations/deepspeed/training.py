@@ -66,16 +66,9 @@ def initialize(
 
     deepspeed_config = read_config(config, args)
     settings = SemanticEPConfig.resolve(json_section=section_of(deepspeed_config), args=args)
+    if settings.enabled:
+        _check_possible(settings, deepspeed_config)
     observe = settings.enabled and settings.observe.output != "auto"
-    if settings.enabled and settings.plan.artifact != "auto":
-        raise ConfigError(
-            explain(
-                "DeepSpeed trains with contiguous placement; a plan is for serving",
-                where="semantic_ep.plan.artifact",
-                got=settings.plan.artifact,
-                do="Remove it from the configuration of this training run",
-            )
-        )
     # AutoEP replaces modules and the identity of the model is read from them: before, not after.
     identity = _hugging_face_identity(model, tokenizer_json) if observe else None
     plain = {key: value for key, value in deepspeed_config.items() if key != SECTION}
@@ -165,6 +158,29 @@ def peers_must_answer() -> Iterator[None]:
                 "profile are intact",
             )
         ) from error
+
+
+def _check_possible(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any]) -> None:
+    if settings.plan.artifact != "auto":
+        raise ConfigError(
+            explain(
+                "DeepSpeed trains with contiguous placement; a plan is for serving",
+                where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
+                got=settings.plan.artifact,
+                do="Remove it from the configuration of this training run",
+            )
+        )
+    autoep = deepspeed_config.get("expert_parallel", {})
+    autoep_size = autoep.get("autoep_size") if autoep.get("enabled") else None
+    if settings.groups.ep_size not in ("auto", autoep_size or settings.groups.ep_size):
+        raise ConfigError(
+            explain(
+                "two settings say how many ranks share the experts, and differ",
+                where="semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size",
+                got=f"{settings.groups.ep_size}, and expert_parallel.autoep_size = {autoep_size}",
+                do="Remove groups.ep_size, or set both alike",
+            )
+        )
 
 
 def _without_config(args: Namespace | None) -> Namespace | None:
