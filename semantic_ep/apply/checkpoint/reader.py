@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -156,8 +157,8 @@ class Checkpoint:
     def _check_index(self) -> None:
         counted = sum(len(shard.tensors) for shard in self.shards)
         if counted != len(self.tensors):
-            names = [tensor.name for shard in self.shards for tensor in shard.tensors]
-            twice = next(name for name in names if names.count(name) > 1)
+            names = Counter(tensor.name for shard in self.shards for tensor in shard.tensors)
+            twice = names.most_common(1)[0][0]
             raise CheckpointError(
                 explain(f"tensor {twice} is in two shards", where=str(self.directory))
             )
@@ -192,12 +193,14 @@ class Checkpoint:
                         do="Download or save the checkpoint again",
                     )
                 )
+        routed = {
+            tensor.layer
+            for name, tensor in found.items()
+            if tensor.router and name.endswith(".weight")
+        }
+        whole = routed & {tensor.layer for tensor in found.values() if not tensor.router}
         for layer in self.shape.layer_ids:
-            kinds = {tensor.router for tensor in found.values() if tensor.layer == layer}
-            if kinds != {True, False} or not any(
-                tensor.layer == layer and tensor.router and name.endswith(".weight")
-                for name, tensor in found.items()
-            ):
+            if layer not in whole:
                 raise CheckpointError(
                     explain(
                         f"layer {layer} of this {self.shape.model_type} lacks its router weight or "

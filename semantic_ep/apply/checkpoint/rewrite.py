@@ -29,6 +29,7 @@ from semantic_ep.apply.checkpoint.writer import (
     write_segments,
 )
 from semantic_ep.apply.layout import Layout, relayout
+from semantic_ep.artifacts import write_file_atomically
 from semantic_ep.errors import CheckpointError, explain
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class RewriteSummary:
         layers: MoE layers (L).
         experts: Logical experts a layer (E).
         moved: Experts, over all layers, whose slot differs before and after.
-        left_out: Files not taken along: weights in forms that are not permuted.
+        left_out: Names not taken along: weights in forms that are not permuted, optimiser states
+            among them, and links that lead to no file.
     """
 
     output: Path
@@ -129,7 +131,7 @@ def apply_layout(
         )
         parents = {"plan": plan_sha256} if plan_sha256 else None
         sha256 = recorded.save(directory / LAYOUT_DIRECTORY, parents)
-        (directory / CONFIG).write_bytes(_marked_config(original, sha256))
+        write_file_atomically(directory / CONFIG, _marked_config(original, sha256))
     return rewrite.summary
 
 
@@ -167,7 +169,7 @@ def undo_layout(
         return rewrite.summary
     with new_directory(output) as directory:
         _write_files(rewrite, directory, progress)
-        (directory / CONFIG).write_bytes(_unmarked_config(source / CONFIG, layout))
+        write_file_atomically(directory / CONFIG, _unmarked_config(source / CONFIG, layout))
         if not allow_retrained:
             Checkpoint.open(directory).fingerprint().check(
                 layout.fingerprint, what="the restored checkpoint"
@@ -196,8 +198,6 @@ def _prepare(checkpoint: Checkpoint, source_of_slot_LE: np.ndarray, output: Path
             files[name] = [Segment(file=file, begin=0, end=file.stat().st_size)]
     size = sum(part.end - part.begin for segments in files.values() for part in segments)
     check_space(output, size)
-    if left_out:
-        logger.warning("left out, because they are not permuted: %s", ", ".join(left_out))
     slots = np.arange(checkpoint.shape.num_experts)
     return _Rewrite(
         output=output,
@@ -279,7 +279,7 @@ def _write_files(rewrite: _Rewrite, directory: Path, progress: Progress | None) 
 
 
 def _other_files(checkpoint: Checkpoint) -> Iterator[str]:
-    """Files besides config, shards and layout, relative and sorted."""
+    """Names besides config, shards and layout, relative; links to directories are not followed."""
     written_apart = {CONFIG, *(shard.file.name for shard in checkpoint.shards)}
     for parent, directories, names in os.walk(checkpoint.directory, onerror=_refuse):
         relative = Path(parent).relative_to(checkpoint.directory)
@@ -287,6 +287,7 @@ def _other_files(checkpoint: Checkpoint) -> Iterator[str]:
         if relative == Path("."):
             skipped.add(LAYOUT_DIRECTORY)
             names = [name for name in names if name not in written_apart]
+        names += [name for name in directories if (Path(parent) / name).is_symlink()]
         directories[:] = sorted(set(directories) - skipped)
         yield from (str(relative / name) for name in sorted(names))
 
@@ -304,7 +305,8 @@ def _marked_config(original: bytes, layout_sha256: str) -> bytes:
 
 def _unmarked_config(file: Path, layout: Layout) -> bytes:
     """The original config; if it was edited since, the edited one without the mark."""
-    original, found = str(layout.meta[CONFIG]).encode(), file.read_bytes()
+    with reading(file):
+        original, found = str(layout.meta[CONFIG]).encode(), file.read_bytes()
     if found == _marked_config(original, layout.sha256):
         return original
     logger.warning("%s was edited after the plan was applied; the edits are kept", file)

@@ -172,19 +172,22 @@ def test_layers_beyond_the_model_keep_their_experts(
     assert all(before[name] == after[name] for name in extra)
 
 
-def test_weights_in_other_forms_are_left_out_and_named(
-    tmp_path, source, make_layout, caplog
-) -> None:
+def test_weights_in_other_forms_are_left_out_and_named(tmp_path, source, make_layout) -> None:
     (source / "original").mkdir()
     (source / "original" / "model.safetensors").write_bytes(b"other")
     (source / "pytorch_model.bin").write_bytes(b"other")
     (source / ".git").mkdir()
     (source / ".git" / "HEAD").write_text("ref")
     (source / "dangling").symlink_to("nowhere")
+    (source / "folder").symlink_to(source / "assets")
     (source / "linked.txt").symlink_to(source / "tokenizer.json")
     summary = apply_layout(source, make_layout(source), tmp_path / "applied")
-    assert summary.left_out == ("dangling", "pytorch_model.bin", "original/model.safetensors")
-    assert "pytorch_model.bin" in caplog.text
+    assert summary.left_out == (
+        "dangling",
+        "folder",
+        "pytorch_model.bin",
+        "original/model.safetensors",
+    )
     assert not (tmp_path / "applied" / "original").exists()
     assert not (tmp_path / "applied" / ".git").exists()
     assert (tmp_path / "applied" / "linked.txt").read_text() == '{"model": "none"}'
@@ -268,6 +271,7 @@ def test_an_output_inside_the_source_is_refused(source, make_layout, tree) -> No
         (lambda d: _cut(d, 40), "truncated or corrupt"),
         (lambda d: _cut(d, 4), "truncated or corrupt"),
         (lambda d: _cut(d, 0), "truncated or corrupt"),
+        (lambda d: _duplicate(d), "is in two shards"),
         (lambda d: _move(d, "model.layers.0.mlp.gate.weight"), "index says that tensor"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -374,3 +378,9 @@ def _move(directory: Path, name: str) -> None:
     others = set(index["weight_map"].values()) - {index["weight_map"][name]}
     index["weight_map"][name] = others.pop()
     file.write_text(json.dumps(index))
+
+
+def _duplicate(directory: Path) -> None:
+    """Let both shards hold the same tensors."""
+    first, second = sorted(directory.glob("*.safetensors"))
+    second.write_bytes(first.read_bytes())
