@@ -145,7 +145,7 @@ def build_model(args: argparse.Namespace, tokenizer: Any) -> Any:
     return Qwen3MoeForCausalLM(config)
 
 
-def train(engine: Any, args: argparse.Namespace, tracker: Tracker) -> None:
+def train(engine: Any, args: argparse.Namespace, tracker: Tracker, *, pad: int) -> None:
     """Run the training loop; one line in train.jsonl each log interval."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size = engine.train_micro_batch_size_per_gpu()
@@ -153,7 +153,7 @@ def train(engine: Any, args: argparse.Namespace, tracker: Tracker) -> None:
     chunks = Chunks(
         args.data,
         length=args.sequence_length,
-        pad=engine.module.config.pad_token_id,
+        pad=pad,
         seed=args.seed,
     )
     balance = LoadBalancingLoss(engine.module)
@@ -318,7 +318,7 @@ def run(args: argparse.Namespace) -> None:
             wandb=settings.tracking.wandb,
             rank=dist.get_rank(),
         ) as tracker:
-            train(engine, args, tracker)
+            train(engine, args, tracker, pad=tokenizer.pad_token_id)
             engine.save_checkpoint(str(args.output / "checkpoint"))
             save_huggingface_checkpoint(engine, args.output / "model", tokenizer=tokenizer)
             save_holdout(engine, args, tokenizer)

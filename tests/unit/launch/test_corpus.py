@@ -14,14 +14,9 @@ LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 
 
 @pytest.fixture(scope="module")
-def corpus():
+def corpus(load_script):
     pytest.importorskip("tokenizers")
-    sys.path.insert(0, str(LAUNCH))
-    try:
-        import corpus
-    finally:
-        sys.path.remove(str(LAUNCH))
-    return corpus
+    return load_script("corpus")
 
 
 def text(seed, words=400):
