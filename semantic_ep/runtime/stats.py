@@ -62,6 +62,11 @@ class DispatchStats:
         rows = (empty if t is None else t.cpu().numpy() for t in self._slot_activations)
         return np.stack(list(rows))
 
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """Copies of all counters by name, `slot_activations` included. Waits for the device."""
+        arrays = {name: getattr(self, name).copy() for name in self._ARRAYS}
+        return {**arrays, "slot_activations": self.slot_activations}
+
     def record_dispatch(
         self,
         layer: int,
@@ -90,16 +95,6 @@ class DispatchStats:
         """Add one `combine`; rows are by destination rank, the tokens' home."""
         self.rows_combine[layer] += rows
         self.bytes_combine[layer] += np.asarray(rows) * row_bytes
-
-    def local_activation_rate(self) -> np.ndarray:
-        """[L] float64, share of activations computed on the tokens' home rank; 0 for none."""
-        total = self.activations.sum(axis=1)
-        return self.activations[:, self.rank] / np.maximum(total, 1)
-
-    def remote_copies(self) -> np.ndarray:
-        """[L] float64, mean number of other ranks that a token is sent to."""
-        remote = self.rows_dispatch.sum(axis=1) - self.rows_dispatch[:, self.rank]
-        return remote / np.maximum(self.tokens, 1)
 
 
 class PhaseTimer:

@@ -79,6 +79,12 @@ class SemanticInferenceEngine:
         return expert_bytes(self.model.module)
 
     @property
+    def expert_bytes_total(self) -> int:
+        """Bytes of one copy of every routed expert, over all ranks."""
+        placement = self.model.placement
+        return self.expert_bytes_resident // placement.slots_per_rank * placement.num_experts
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """End-of-sequence ids of the checkpoint's generation config."""
         stop = self.model.module.generation_config.eos_token_id

@@ -1,0 +1,441 @@
+#!/usr/bin/env python3
+"""Serve prompts with DeepSpeed-Inference and experts spread over an EP group.
+
+    OMP_NUM_THREADS=1 deepspeed --num_gpus 4 launch/serve.py \\
+        --deepspeed_config configs/debug/cpu_2rank.json --model runs/x/model --plan runs/x/plan \\
+        --prompts runs/x/data/prompts.jsonl --compare contiguous semantic --out runs/x/serve.json
+
+Also runs under torchrun. Every rank loads only the experts of its slots and serves its own
+requests. `contiguous` places experts as upstream engines do and deals requests in turn; `semantic`
+follows the plan. `--compare` serves the same requests in both, interleaved, and checks that the
+tokens equal each other's and those of transformers in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+from tqdm import tqdm
+
+from semantic_ep.apply.checkpoint import Checkpoint
+from semantic_ep.artifacts import write_file_atomically
+from semantic_ep.config import SemanticEPConfig, add_arguments, section_of
+from semantic_ep.errors import ConfigError, SemanticEPError, explain
+from semantic_ep.integrations.deepspeed import read_config
+from semantic_ep.integrations.deepspeed.inference import init_distributed
+from semantic_ep.plan.placement import Placement
+from semantic_ep.plan.plan import Plan
+from semantic_ep.runtime.collectives import peer_guard
+from semantic_ep.runtime.groups import GroupPlan
+from semantic_ep.serve.compare import Comparison, ServingMode, compare_modes
+from semantic_ep.serve.engine import SemanticInferenceEngine
+from semantic_ep.serve.reference import generate_in_one_process
+from semantic_ep.serve.scheduler import by_affinity, round_robin
+from semantic_ep.topology import Topology
+from semantic_ep.tracking import Tracker
+
+MODES = ("contiguous", "semantic")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, with DeepSpeed's flags and ours."""
+    import deepspeed
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint")
+    parser.add_argument("--plan", type=Path, help="plan artefact; default: semantic_ep.plan")
+    parser.add_argument("--prompts", type=Path, required=True, help='JSONL with "text" in each row')
+    parser.add_argument("-o", "--out", type=Path, help="JSON file for counters and times")
+    parser.add_argument("--responses", type=Path, help="JSONL file for the generated text")
+    parser.add_argument(
+        "--compare", nargs="+", choices=MODES, help="modes; default: semantic if there is a plan"
+    )
+    parser.add_argument("--config", help="another name of --deepspeed_config")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    serve = parser.add_argument_group("serving")
+    serve.add_argument("--num-requests", type=int, default=0, help="first rows; 0: all")
+    serve.add_argument("--max-prompt-tokens", type=int, default=192, help="longer ones are cut")
+    serve.add_argument("--max-new-tokens", type=int, default=32)
+    serve.add_argument("--max-batch-size", type=int, default=32, help="sequences a rank at a time")
+    serve.add_argument("--rounds", type=int, default=3, help="repetitions in every mode")
+    serve.add_argument("--dtype", choices=DTYPES, default="float32")
+    serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    serve.add_argument("--peer-timeout", type=float, default=50, help="seconds to wait for a rank")
+    serve.add_argument(
+        "--check-requests",
+        type=int,
+        default=-1,
+        help="requests also run in one process without expert parallelism, which needs the whole "
+        "model on each rank; -1: all",
+    )
+    serve.add_argument(
+        "--allow-retrained", action="store_true", help="accept a plan of the model's earlier state"
+    )
+    add_arguments(parser)
+    args = deepspeed.add_config_arguments(parser).parse_args(argv)
+    args.deepspeed_config = args.deepspeed_config or args.config
+    for name in ("max_prompt_tokens", "max_new_tokens", "max_batch_size", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A row of the prompts file, and its token ids."""
+
+    row: dict[str, Any]
+    prompt: list[int]
+
+
+def read_requests(args: argparse.Namespace, tokenizer: Any) -> list[Request]:
+    """Read and tokenise the prompts.
+
+    Raises:
+        ConfigError: The file cannot be read, or a row is not as it should be.
+    """
+    where = f"--prompts {args.prompts}"
+    try:
+        lines = args.prompts.read_text().splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        texts = [row["text"] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            explain(
+                f"cannot read the prompts: {type(error).__name__}: {error}",
+                where=where,
+                allowed='JSON lines, each an object with "text"',
+            )
+        ) from error
+    count = args.num_requests or len(rows)
+    encoded = [tokenizer(text)["input_ids"][: args.max_prompt_tokens] for text in texts[:count]]
+    if not encoded or not all(encoded):
+        empty = [index for index, ids in enumerate(encoded) if not ids][:4]
+        raise ConfigError(
+            explain("there is no prompt, or an empty one", where=where, got=f"empty rows: {empty}")
+        )
+    return [Request(row=row, prompt=ids) for row, ids in zip(rows, encoded)]
+
+
+def read_plan(
+    args: argparse.Namespace, settings: SemanticEPConfig, checkpoint: Checkpoint
+) -> Plan | None:
+    """Read the plan and check that it is the model's.
+
+    Raises:
+        ArtifactError: It is damaged. FingerprintError: It belongs to another model.
+    """
+    path = args.plan or settings.plan.artifact
+    if path == "auto":
+        return None
+    plan = Plan.read(path)
+    plan.fingerprint.check(
+        checkpoint.fingerprint(),
+        what=f"--model {args.model}, for --plan {path},",
+        allow_retrained=args.allow_retrained,
+    )
+    return plan
+
+
+def expert_groups(settings: SemanticEPConfig, world_size: int) -> GroupPlan:
+    """All ranks as one EP group, on the nodes that the launcher tells of.
+
+    Raises:
+        ConfigError: The settings ask for something else.
+    """
+    wanted = settings.groups.ep_size
+    if wanted not in ("auto", world_size):
+        raise ConfigError(
+            explain(
+                f"ep_size is {wanted} and {world_size} ranks were started",
+                where="semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size",
+                do=f'Start {wanted} ranks, or set it to "auto"',
+            )
+        )
+    if settings.schedule.mode == "tokens":
+        raise ConfigError(
+            explain(
+                "requests are served whole (attention-DP); tokens cannot be scheduled here",
+                where="semantic_ep.schedule.mode, --semantic-ep-schedule-mode",
+                got=settings.schedule.mode,
+                allowed=["auto", "requests", "off"],
+            )
+        )
+    # torchrun and the deepspeed launcher name it differently.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    topology = Topology.uniform(world_size, num_nodes=max(world_size // local, 1))
+    return GroupPlan.build(world_size, world_size, topology=topology, scope=settings.groups.scope)
+
+
+def build_modes(
+    args: argparse.Namespace,
+    settings: SemanticEPConfig,
+    checkpoint: Checkpoint,
+    plan: Plan | None,
+    requests: list[Request],
+) -> dict[str, ServingMode]:
+    """Load an engine for each mode.
+
+    Raises:
+        ConfigError: `semantic` was asked for without a plan.
+    """
+    names = args.compare or (["semantic"] if plan is not None else ["contiguous"])
+    if "semantic" in names and plan is None:
+        raise ConfigError(
+            explain(
+                "semantic mode needs a plan",
+                where="--plan, semantic_ep.plan.artifact",
+                do="Make one with `semantic-ep plan`",
+            )
+        )
+    world_size = dist.get_world_size()
+    group_plan = expert_groups(settings, world_size)
+    group = group_plan.create().expert_parallel
+    prompts = [request.prompt for request in requests]
+    modes = {}
+    for name in names:
+        if name == "semantic":
+            placement = plan.placement
+            ranks = (
+                round_robin(len(prompts), world_size)
+                if settings.schedule.mode == "off"
+                else by_affinity(prompts, plan.schedule, max_new_tokens=args.max_new_tokens)
+            )
+        else:
+            shape = checkpoint.shape
+            placement = Placement.contiguous(
+                num_layers=len(shape.layer_ids), num_experts=shape.num_experts, ep_size=world_size
+            )
+            ranks = round_robin(len(prompts), world_size)
+        engine = SemanticInferenceEngine.from_checkpoint(
+            checkpoint,
+            placement=placement,
+            group=group,
+            device=local_device(args),
+            dtype=DTYPES[args.dtype],
+            backend=settings.dispatch.backend,
+            node_of_rank=group_plan.nodes_of_group(dist.get_rank()),
+        )
+        modes[name] = ServingMode(engine=engine, rank_of_request=ranks)
+    return modes
+
+
+def local_device(args: argparse.Namespace) -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0))))
+
+
+def check_against_one_process(
+    args: argparse.Namespace, prompts: list[list[int]], outputs: list[list[int]]
+) -> tuple[bool | None, int]:
+    """Compare with transformers' own generation, each rank for its share of the requests.
+
+    Returns:
+        Whether all are equal (None if none was checked), and how many were checked.
+    """
+    count = len(prompts) if args.check_requests < 0 else min(args.check_requests, len(prompts))
+    mine = range(dist.get_rank(), count, dist.get_world_size())
+    expected = generate_in_one_process(
+        args.model,
+        [prompts[index] for index in mine],
+        max_new_tokens=args.max_new_tokens,
+        dtype=DTYPES[args.dtype],
+        device=local_device(args),
+        progress=dist.get_rank() == 0,
+    )
+    differing = [index for index, want in zip(mine, expected) if outputs[index] != want]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    with peer_guard("gathering of the check", dist.group.WORLD):
+        dist.all_gather_object(everyone, differing)
+    different = sorted(index for part in everyone for index in part)
+    if different and dist.get_rank() == 0:
+        print(f"requests that differ from one process: {different}", file=sys.stderr)
+    return (not different if count else None), count
+
+
+def print_summary(result: dict[str, Any]) -> None:
+    """Counters of every mode in a few lines, for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    modes = result["modes"]
+    table = Table(
+        "", *modes, title=f"{result['num_requests']} requests on {result['ep_size']} ranks"
+    )
+    for title, cell in (
+        ("local activation rate", lambda m: f"{np.mean(m['lar']):.3f}"),
+        ("remote copies a token", lambda m: f"{np.mean(m['remote_copies']):.3f}"),
+        ("all-to-all MB", lambda m: f"{wire_bytes(m) / 1e6:.2f}"),
+        ("busiest rank / mean", lambda m: f"{busiest(m):.2f}"),
+        ("seconds in dispatch", lambda m: f"{m['seconds']['dispatch']:.2f}"),
+        ("seconds in experts", lambda m: f"{m['seconds']['experts']:.2f}"),
+        ("seconds in combine", lambda m: f"{m['seconds']['combine']:.2f}"),
+        ("new tokens a second", lambda m: f"{m['tokens_per_second']:.0f}"),
+        (
+            "expert MB a rank",
+            lambda m: "/".join(f"{b / 1e6:.1f}" for b in m["expert_bytes_resident"]),
+        ),
+    ):
+        table.add_row(title, *(cell(mode) for mode in modes.values()))
+    Console().print(table)
+    same = result["identical_outputs"]
+    peak = "/".join(f"{size / 1e6:.0f}" for size in result["peak_rss_bytes"])
+    print(
+        f"Outputs identical between modes: {same['between_modes']}; to one process: "
+        f"{same['to_single_process']} ({same['checked_requests']} checked). "
+        f"Peak memory a rank while serving: {peak} MB.",
+        flush=True,
+    )
+
+
+def wire_bytes(mode: dict[str, Any]) -> int:
+    """Dispatch and combine payload that left its rank."""
+    matrices = (np.array(mode[name]) for name in ("bytes_dispatch", "bytes_combine"))
+    return int(sum(matrix.sum() - np.trace(matrix) for matrix in matrices))
+
+
+def busiest(mode: dict[str, Any]) -> float:
+    """Activations of the busiest rank over the mean of ranks, mean over layers."""
+    load = np.array(mode["rank_load"])
+    return float(np.mean(load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-9)))
+
+
+def peak_rss_bytes() -> list[int]:
+    """Largest resident memory of every rank so far."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    # Linux counts in KiB.
+    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with peer_guard("gathering of memory sizes", dist.group.WORLD):
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def write_responses(
+    path: Path, requests: list[Request], comparison: Comparison, tokenizer: Any
+) -> None:
+    """One JSON line a request: its row without the text, and what was generated."""
+    outputs = next(iter(comparison.outputs.values()))
+    lines = [
+        json.dumps(
+            {
+                **{key: value for key, value in request.row.items() if key != "text"},
+                "prompt_tokens": len(request.prompt),
+                "tokens": ids,
+                "text": tokenizer.decode(ids, skip_special_tokens=True),
+            }
+        )
+        for request, ids in zip(requests, outputs)
+    ]
+    write_file_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve; returns 1 if outputs differ where they must not, else 0."""
+    from transformers import AutoTokenizer
+
+    section = section_of(read_config(None, args)) if args.deepspeed_config else None
+    settings = SemanticEPConfig.resolve(json_section=section, args=args)
+    checkpoint = Checkpoint.open(args.model)
+    plan = read_plan(args, settings, checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    requests = read_requests(args, tokenizer)
+    prompts = [request.prompt for request in requests]
+
+    init_distributed(device_type=local_device(args).type, peer_timeout=args.peer_timeout)
+    first = dist.get_rank() == 0
+    modes = build_modes(args, settings, checkpoint, plan, requests)
+    with tqdm(
+        total=args.rounds * len(modes),
+        desc="Serving",
+        unit="round",
+        disable=None if first else True,
+    ) as bar:
+        comparison = compare_modes(
+            modes,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            max_batch_size=args.max_batch_size,
+            rounds=args.rounds,
+            on_round=lambda name: bar.update(),
+        )
+    peak = peak_rss_bytes()
+    outputs = next(iter(comparison.outputs.values()))
+    same, checked = check_against_one_process(args, prompts, outputs)
+    result = {
+        "ep_size": dist.get_world_size(),
+        "model": dataclasses.asdict(checkpoint.fingerprint()),
+        "command": sys.argv,
+        "num_requests": len(requests),
+        "max_new_tokens": args.max_new_tokens,
+        "identical_outputs": {
+            "between_modes": comparison.identical_between_modes,
+            "to_single_process": same,
+            "checked_requests": checked,
+        },
+        "peak_rss_bytes": peak,
+        "modes": dict(comparison.modes),
+    }
+    if first:
+        print_summary(result)
+        publish(args, settings, result)
+        if args.responses is not None:
+            write_responses(args.responses, requests, comparison, tokenizer)
+    with peer_guard("final barrier", dist.group.WORLD):
+        dist.barrier()
+    dist.destroy_process_group()
+    return 0 if comparison.identical_between_modes and same is not False else 1
+
+
+def publish(args: argparse.Namespace, settings: SemanticEPConfig, result: dict[str, Any]) -> None:
+    """Write the result and log its numbers; rank 0 only."""
+    if args.out is None:
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_file_atomically(args.out, json.dumps(result, indent=1).encode())
+    with Tracker.start(
+        args.out.parent,
+        config={"model": result["model"], "ep_size": result["ep_size"]},
+        job_type="serve",
+        wandb=settings.tracking.wandb,
+        rank=0,
+    ) as tracker:
+        for name, mode in result["modes"].items():
+            metrics = {
+                "lar": float(np.mean(mode["lar"])),
+                "remote_copies": float(np.mean(mode["remote_copies"])),
+                "wire_bytes": wire_bytes(mode),
+                "tokens_per_second": mode["tokens_per_second"],
+            }
+            tracker.log({f"serving/{name}/{key}": value for key, value in metrics.items()})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one rank; returns its exit code."""
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        return run(args)
+    except SemanticEPError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            # An orderly end would wait for the peer that is gone.
+            os._exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
