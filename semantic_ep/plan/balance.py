@@ -242,20 +242,24 @@ class _Search:
         out, into = self._shared[:, mine, None], self._shared[:, None, theirs]
         mine_block, their_block = self._block[mine], self._block[theirs]
         same = mine_block[:, None] == their_block[None]
-
-        def squares(sum_a: np.ndarray, change_a: np.ndarray, sum_b: np.ndarray,
-                    change_b: np.ndarray) -> np.ndarray:  # fmt: skip
-            """Change of the sum of squared block sums when block a and block b change."""
-            apart = change_a * (2 * sum_a + change_a) + change_b * (2 * sum_b + change_b)
-            together = (change_a + change_b) * (2 * sum_a + change_a + change_b)
-            return np.where(same, together, apart)
-
         here = self._rank_block[:, rank]
-        delta_here = squares(here[:, mine_block, None], -out, here[:, None, their_block], into)
+        delta_here = _squares(
+            same, here[:, mine_block, None], -out, here[:, None, their_block], into
+        )
         there_mine = self._rank_block[:, other[None], mine_block[:, None]]
         there_theirs = self._rank_block[:, other, their_block][:, None]
-        delta_there = squares(there_mine, out, there_theirs, -into)
+        delta_there = _squares(same, there_mine, out, there_theirs, -into)
         return (
             self._rank_variance[:, rank, None, None] - own + delta_here,
             self._rank_variance[:, None, other] + own + delta_there,
         )
+
+
+def _squares(
+    same: np.ndarray, sum_a: np.ndarray, change_a: np.ndarray, sum_b: np.ndarray,
+    change_b: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Change of the sum of squared block sums when blocks a and b, perhaps the same, change."""
+    apart = change_a * (2 * sum_a + change_a) + change_b * (2 * sum_b + change_b)
+    together = (change_a + change_b) * (2 * sum_a + change_a + change_b)
+    return np.asarray(np.where(same, together, apart))

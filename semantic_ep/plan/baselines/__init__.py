@@ -8,9 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.baselines.eplb import eplb_placement, rebalance_experts
+from semantic_ep.plan.baselines.exflow import exflow_placement
+from semantic_ep.plan.baselines.grace import grace_placement
+from semantic_ep.plan.baselines.moetuner import moetuner_placement
+from semantic_ep.plan.baselines.occult import occult_placement
+from semantic_ep.plan.baselines.semmoe import semmoe_placement
 from semantic_ep.plan.baselines.simple import (
     contiguous_placement,
     greedy_load_placement,
@@ -24,9 +30,14 @@ __all__ = [
     "Baseline",
     "contiguous_placement",
     "eplb_placement",
+    "exflow_placement",
+    "grace_placement",
     "greedy_load_placement",
+    "moetuner_placement",
+    "occult_placement",
     "random_placement",
     "rebalance_experts",
+    "semmoe_placement",
 ]
 
 
@@ -117,6 +128,44 @@ def _eplb_global(request: Request) -> Placement:
     return eplb_placement(request.profile.load, ep_size=request.ep_size)
 
 
+def _moetuner(request: Request) -> Placement:
+    profile = request.profile
+    return moetuner_placement(profile.load, profile.transition, topology=request.topology)
+
+
+def _exflow(request: Request) -> Placement:
+    return exflow_placement(
+        request.profile.transition,
+        ep_size=request.ep_size,
+        num_nodes=_even_nodes(request.topology),
+        seed=request.seed,
+        time_limit=60.0 if request.time_limit is None else request.time_limit,
+    )
+
+
+def _grace(request: Request, *, replicate: bool = False) -> Placement:
+    return grace_placement(
+        request.profile.coactivation,
+        request.profile.load,
+        topology=request.topology,
+        seed=request.seed,
+        replicate=replicate,
+    )
+
+
+def _occult(request: Request) -> Placement:
+    return occult_placement(request.profile.coactivation, ep_size=request.ep_size)
+
+
+def _semmoe(request: Request) -> Placement:
+    return semmoe_placement(
+        request.profile,
+        ep_size=request.ep_size,
+        seed=request.seed,
+        time_limit=request.time_limit,
+    )
+
+
 def _even_nodes(topology: Topology) -> int:
     """Nodes, or 1 where they hold different numbers of ranks, which EPLB cannot express."""
     ranks = Counter(topology.node_of_rank)
@@ -129,5 +178,15 @@ for _baseline in (
     Baseline(name="greedy", source="SmartMoE, MindSpeed", solve=_greedy),
     Baseline(name="eplb", source="deepseek-ai/EPLB, hierarchical", solve=_eplb),
     Baseline(name="eplb-global", source="deepseek-ai/EPLB, global", solve=_eplb_global),
+    Baseline(name="moetuner", source="MoETuner, two stages", solve=_moetuner),
+    Baseline(name="exflow", source="ExFlow, solve_affinity", solve=_exflow),
+    Baseline(name="grace", source="GRACE-MoE, grouping alone", solve=_grace),
+    Baseline(
+        name="grace-replicated",
+        source="GRACE-MoE with its copies, which need spare slots",
+        solve=partial(_grace, replicate=True),
+    ),
+    Baseline(name="occult", source="Occult, greedy growth", solve=_occult),
+    Baseline(name="semmoe", source="Sem-MoE as its paper prints it", solve=_semmoe),
 ):
     register(_baseline)
