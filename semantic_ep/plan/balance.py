@@ -20,6 +20,7 @@ the runtimes that deal tokens to copies in turn assume.
 from __future__ import annotations
 
 import dataclasses
+from statistics import NormalDist
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from semantic_ep.errors import PlacementError, explain
 from semantic_ep.plan.baselines.eplb import balanced_packing, separate_copies
 from semantic_ep.plan.placement import Placement
 
-_SHARPNESS = 24  # of the p-norm that stands for the maximum over ranks
+_SHARPNESS = 48  # of the p-norm that stands for the maximum over ranks; see _sharpen
 _CANDIDATES = 8  # ranks, worst first, that a round of swaps tries before it gives up
 _TOLERANCE = 1e-6  # of the mean rank load: smaller gains end the search
 
@@ -40,13 +41,14 @@ class DriftModel:
         correlations: Values of rho to prepare for, equally likely; 1 is the profile itself.
         block_size: Neighbouring experts whose drift is correlated; None for an eighth of them.
         block_share: Share of the drift's variance that a block has in common.
-        deviations: Standard deviations added to the mean.
+        deviations: Standard deviations added to the mean; None for the expected maximum of G
+            standard normals.
     """
 
-    correlations: tuple[float, ...] = (1.0, 0.95, 0.85, 0.75)
+    correlations: tuple[float, ...] = (1.0, 0.99, 0.95, 0.85, 0.75)
     block_size: int | None = None
     block_share: float = 0.2
-    deviations: float = 2.0
+    deviations: float | None = None
 
     def moments(self, load_E: np.ndarray, ep_size: int) -> tuple[np.ndarray, np.ndarray]:
         """([C, E] mean, [C, E] standard deviation) of loads, in units of the mean rank load."""
@@ -115,8 +117,9 @@ def _place_layer(
     """[G * S] logical expert of each slot, -1 for an empty one."""
     experts = len(load_E)
     mean_CE, deviation_CE = drift.moments(load_E, ep_size)
+    deviations = _expected_maximum(ep_size) if drift.deviations is None else drift.deviations
     copies_E = copies_by_share(
-        mean_CE + drift.deviations * deviation_CE, experts + redundant_slots, max_copies=ep_size
+        mean_CE + deviations * deviation_CE, experts + redundant_slots, max_copies=ep_size
     )
     # Slots that divide unevenly are filled up with phantom experts of no load, one copy each.
     phantoms = -int(copies_E.sum()) % ep_size
@@ -137,10 +140,22 @@ def _place_layer(
         own_variance=deviation_CE**2 * (1 - drift.block_share),
         block_deviation=deviation_CE * np.sqrt(drift.block_share),
         block=np.arange(len(copies_E)) // block_size,
-        deviations=drift.deviations,
+        deviations=deviations,
     )
     search.run()
     return np.where(search.slots < experts, search.slots, -1).ravel()
+
+
+def _expected_maximum(ranks: int) -> float:
+    """Expected maximum of that many standard normals (Blom's approximation)."""
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+
+
+def _sharpen(level: np.ndarray) -> np.ndarray:
+    """level ** 48 by squaring, many times faster than a general power."""
+    eighth = ((level * level) ** 2) ** 2
+    sixteenth = eighth * eighth
+    return np.asarray(sixteenth * sixteenth * sixteenth)
 
 
 def _loss(total: np.ndarray) -> np.ndarray:
@@ -195,7 +210,7 @@ class _Search:
         return np.asarray(mean + self._deviations * np.sqrt(np.maximum(variance, 0.0)))
 
     def _improve(self) -> bool:
-        powers = self._level(self._rank_mean, self._rank_variance) ** _SHARPNESS  # [C, G]
+        powers = _sharpen(self._level(self._rank_mean, self._rank_variance))  # [C, G]
         total = powers.sum(axis=1)
         current = _loss(total)
         weight = (powers * (total ** (-1 / _SHARPNESS - 1))[:, None]).sum(axis=0)
@@ -225,8 +240,8 @@ class _Search:
         mean_here = self._rank_mean[:, rank, None, None] - change
         mean_there = self._rank_mean[:, None, other] + change
         variance_here, variance_there = self._variances_of_swaps(rank, mine, theirs, other)
-        here = self._level(mean_here, variance_here) ** _SHARPNESS
-        there = self._level(mean_there, variance_there) ** _SHARPNESS
+        here = _sharpen(self._level(mean_here, variance_here))
+        there = _sharpen(self._level(mean_there, variance_there))
         rest = (total - powers[:, rank])[:, None, None] - powers[:, None, other]
         cost = _loss(np.maximum(rest, 0.0) + here + there)
         legal = (
