@@ -287,19 +287,23 @@ def print_summary(result: dict[str, Any]) -> None:
         ("new tokens a second", lambda m: f"{m['tokens_per_second']:.0f}"),
         (
             "expert MB a rank",
-            lambda m: "/".join(f"{b / 1e6:.1f}" for b in m["expert_bytes_resident"]),
+            lambda m: in_megabytes(m["expert_bytes_resident"]),
         ),
     ):
         table.add_row(title, *(cell(mode) for mode in modes.values()))
     Console().print(table)
     same = result["identical_outputs"]
-    peak = "/".join(f"{size / 1e6:.0f}" for size in result["peak_rss_bytes"])
     print(
         f"Outputs identical between modes: {same['between_modes']}; to one process: "
         f"{same['to_single_process']} ({same['checked_requests']} checked). "
-        f"Peak memory a rank while serving: {peak} MB.",
+        f"Peak memory a rank while serving: {in_megabytes(result['peak_rss_bytes'])} MB.",
         flush=True,
     )
+
+
+def in_megabytes(sizes: list[int]) -> str:
+    """Sizes of all ranks, the equal ones once."""
+    return " / ".join(dict.fromkeys(f"{size / 1e6:.1f}" for size in sizes))
 
 
 def wire_bytes(mode: dict[str, Any]) -> int:
@@ -358,6 +362,13 @@ def run(args: argparse.Namespace) -> int:
     init_distributed(device_type=local_device(args).type, peer_timeout=args.peer_timeout)
     first = dist.get_rank() == 0
     modes = build_modes(args, settings, checkpoint, plan, requests)
+    loaded = peak_rss_bytes()
+    if first:
+        print(
+            f"Serving {len(requests)} requests on {dist.get_world_size()} ranks. "
+            f"Peak memory a rank after loading {len(modes)} engines: {in_megabytes(loaded)} MB.",
+            flush=True,
+        )
     with tqdm(
         total=args.rounds * len(modes),
         desc="Serving",
