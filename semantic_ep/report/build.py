@@ -15,6 +15,7 @@ L layers, G ranks, E experts; "before" is the contiguous placement, "after" the 
     train           steps, loss, first_loss, last_loss                                | null
     observe         tokens, layers, experts, top_k, load [L][E], load_max_over_mean   | null
     plan            the verdict, see `semantic_ep.report.planned`                     | null
+    held_out        schedules by layer, see `semantic_ep.report.heldout`              | null
     serve           requests, identical_outputs, links, modes.before / modes.after    | null
     semantics       tokens, kinds, subjects, see `semantic_ep.report.semantics`
     definitions     [{term, text}]
@@ -36,6 +37,7 @@ from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.cost import max_over_mean
 from semantic_ep.plan.placement import Placement
 from semantic_ep.report.headline import headline
+from semantic_ep.report.heldout import held_out
 from semantic_ep.report.planned import planned
 from semantic_ep.report.semantics import semantics
 from semantic_ep.report.sources import (
@@ -86,8 +88,8 @@ DEFINITIONS = (
     ),
     (
         "Ceiling",
-        "LAR that this placement would reach if each token's true routes were known before its "
-        "rank is chosen, with equal tokens a rank.",
+        "LAR that this placement would reach on held-out documents if each token's true routes "
+        "were known before its rank is chosen, with equal tokens a rank.",
     ),
     (
         "Identical outputs",
@@ -121,6 +123,7 @@ def build_report(run_dir: str | Path) -> dict[str, Any]:
         "train": _train(sources.train) if sources.train else None,
         "observe": _observe(sources.profile) if sources.profile else None,
         "plan": planned(sources.plan) if sources.plan else None,
+        "held_out": held_out(sources),
         "serve": _serve(sources.serve, placement) if sources.serve else None,
         "semantics": semantics(sources),
         "definitions": [{"term": term, "text": text} for term, text in DEFINITIONS],

@@ -73,10 +73,12 @@ def _served(serve: Mapping[str, Any]) -> dict[str, Any]:
     ]
     same = serve["identical_outputs"]
     saved = -(numbers[2]["change"] or 0.0)
+    straggler = _change(before["straggler_bytes"], after["straggler_bytes"]) or 0.0
     identical = same["between_modes"] and same["to_single_process"]
+    worth_it = identical and saved >= WORTHWHILE_SHARE and straggler <= 0
     return {
-        "answer": "yes" if identical and saved >= WORTHWHILE_SHARE else "no",
-        "sentence": _sentence(serve["ep_size"], saved, same),
+        "answer": "yes" if worth_it else "no",
+        "sentence": _sentence(serve["ep_size"], saved, straggler, same),
         "notes": _notes(before, after),
         "basis": "served",
         "numbers": numbers,
@@ -95,7 +97,7 @@ def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     notes = []
     load = _change(before["busiest_rank_mean"], after["busiest_rank_mean"])
     if load is not None and load > NOTABLE_SHARE:
-        notes.append(f"In exchange, the busiest rank computes {load:.0%} more.")
+        notes.append(f"The busiest rank computes {load:.0%} more.")
     seconds = _change(before["seconds"]["total"], after["seconds"]["total"])
     if seconds is not None:
         direction = "less" if seconds < 0 else "more"
@@ -103,12 +105,18 @@ def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _sentence(ep_size: int, saved: float, same: Mapping[str, Any]) -> str:
+def _sentence(ep_size: int, saved: float, straggler: float, same: Mapping[str, Any]) -> str:
     if not same["between_modes"]:
         return "Do not use this plan: outputs changed between contiguous and semantic placement."
     if not same["to_single_process"]:
         return "Do not use this set-up: outputs differ from the model in a single process."
     change = f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} all-to-all bytes"
+    if saved >= WORTHWHILE_SHARE and straggler > 0:
+        # The slowest rank sets the time of an all-to-all.
+        return (
+            f"Not worth turning on as it is: {change} on {ep_size} ranks, but the busiest rank "
+            f"sends or receives {straggler:.0%} more."
+        )
     if saved >= WORTHWHILE_SHARE:
         return f"Worth turning on: {change} on {ep_size} ranks, with identical outputs."
     return f"Not worth turning on here: {change} on {ep_size} ranks, with identical outputs."

@@ -40,6 +40,4 @@ def planned(plan: Plan) -> dict[str, Any]:
         "source": f"{PLAN_DIR}/{MANIFEST}",
         **verdict,
         "what_is_scheduled": _SCHEDULED[verdict["mode"]],
-        "modes": None,
-        "ceiling_lar": None,
     }

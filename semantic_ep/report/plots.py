@@ -121,30 +121,67 @@ def draw(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
 
 
 def _by_layer(figure: Figure, report: Report, theme: Theme) -> bool:
-    source = report["serve"] or report["plan"]
-    modes = source["modes"] if source else None
-    if modes is None:
+    planned = {row["id"]: row for row in (report["held_out"] or {"schedules": []})["schedules"]}
+    if report["serve"]:
+        before, after = (report["serve"]["modes"][side] for side in ("before", "after"))
+    elif planned:
+        before, after = planned["contiguous"], planned["requests"]
+    else:
         return False
     layers = report["model"]["layer_ids"]
     figure.set_size_inches(7.6, 4.1)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    _dumbbells(upper, modes["before"]["lar"], modes["after"]["lar"], theme)
+    _dumbbells(upper, before["lar"], after["lar"], theme)
     x = np.arange(len(layers))
-    ceiling = report["plan"]["ceiling_lar"] if report["plan"] else None
-    if ceiling is not None:
-        upper.hlines(ceiling, x - 0.3, x + 0.3, color=theme.ceiling, linewidth=2, label="ceiling")
+    if planned:
+        # Small hollow marks: estimates on other documents than those that were served.
+        for name, marker, label in (
+            ("tokens", "D", "single tokens, held-out"),
+            ("tokens_ceiling", "_", "ceiling, held-out"),
+        ):
+            colour = theme.ceiling if marker == "_" else theme.after
+            upper.plot(
+                x,
+                planned[name]["lar"],
+                linestyle="none",
+                marker=marker,
+                color=colour,
+                markersize=11 if marker == "_" else 5,
+                markerfacecolor="none",
+                markeredgewidth=2 if marker == "_" else 1.3,
+                label=label,
+            )
+            if marker == "D":
+                lower.plot(
+                    x,
+                    planned[name]["remote_copies"],
+                    linestyle="none",
+                    marker=marker,
+                    color=colour,
+                    markersize=5,
+                    markerfacecolor="none",
+                    markeredgewidth=1.3,
+                )
     upper.axhline(
-        1 / source["ep_size"],
+        1 / (report["serve"] or report["plan"])["ep_size"],
         color=theme.muted,
         linestyle=(0, (1, 2)),
         linewidth=1.4,
-        label="floor, blind placement",
+        label="floor 1/G",
     )
     upper.set_title("Local activation rate (higher is better)", pad=24)
     upper.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    upper.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.98), ncols=4, handletextpad=0.4)
-    _dumbbells(lower, modes["before"]["remote_copies"], modes["after"]["remote_copies"], theme)
+    upper.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 0.98),
+        ncols=5,
+        handletextpad=0.4,
+        columnspacing=1.4,
+    )
+    _dumbbells(lower, before["remote_copies"], after["remote_copies"], theme)
     lower.set_title("Remote copies of a token (lower is better)")
+    for axes in (upper, lower):  # after all marks are in: a fixed limit stops autoscaling
+        axes.set_ylim(bottom=0)
     every = -(-len(layers) // 30)
     lower.set_xticks(x[::every], [str(layer) for layer in layers[::every]])
     lower.set_xlim(-0.6, len(layers) - 0.4)
@@ -159,7 +196,6 @@ def _dumbbells(axes: Axes, before_L: list[float], after_L: list[float], theme: T
     axes.scatter(x, before_L, s=size, color=theme.before, zorder=3, label="contiguous")
     axes.scatter(x, after_L, s=1.2 * size, color=theme.after, zorder=4, label="semantic")
     axes.margins(y=0.12)
-    axes.set_ylim(bottom=0)
     axes.grid(axis="y")
 
 
