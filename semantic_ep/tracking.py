@@ -270,8 +270,14 @@ def _init_wandb(
     import wandb
 
     settings = wandb.Settings(silent=True, disable_git=True, init_timeout=_INIT_SECONDS)
+    # W&B reads its variables once a process; a second run of the process may have other ones.
+    tags = [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
     options: dict[str, Any] = {
         "project": os.environ.get("WANDB_PROJECT", _DEFAULT_PROJECT),
+        "entity": os.environ.get("WANDB_ENTITY"),
+        "name": os.environ.get("WANDB_NAME"),
+        "group": os.environ.get("WANDB_RUN_GROUP"),
+        "tags": tags or None,
         "job_type": job_type,
         "config": config,
         "dir": os.environ.get("WANDB_DIR", str(directory)),
