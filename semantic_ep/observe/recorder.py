@@ -327,7 +327,10 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 def _in_backward() -> bool:
-    """Whether the autograd engine runs this: then the forward pass is a recomputation."""
+    """Whether the autograd engine runs this: then the forward pass is a recomputation.
+
+    `torch.utils.checkpoint` tells its recomputations apart by the same number.
+    """
     return torch._C._current_graph_task_id() != -1
 
 

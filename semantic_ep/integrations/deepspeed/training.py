@@ -98,7 +98,9 @@ class _ObservedEngine:
             self.semantic_ep.step()
         return result
 
-    def save_checkpoint(self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any):
+    def save_checkpoint(
+        self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         result = super().save_checkpoint(save_dir, tag, *args, **kwargs)
         self.semantic_ep.save(Path(save_dir, str(tag or f"global_step{self.global_steps}")))
         return result

@@ -13,7 +13,7 @@ from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import ArtifactError, BackendError
 from semantic_ep.observe.counters import CounterLimits, RoutedTokens, RoutingCounters
 from semantic_ep.observe.profile import RoutingProfile
-from semantic_ep.observe.recorder import RoutingRecorder
+from semantic_ep.observe.recorder import RoutingRecorder, _Worker
 from semantic_ep.observe.traces import RoutingTrace
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 3, 6, 2, 11
@@ -312,4 +312,32 @@ def test_routers_and_inputs_of_different_lengths_are_an_error():
     routes, ids = random_routes(np.random.default_rng(8), 5)
     feed(recorder, routes, ids[:4])
     with pytest.raises(BackendError, match=r"different numbers of tokens.*token ids: 4"):
+        recorder.step()
+
+
+def in_background(recorder):
+    """Count as where routes arrive from an accelerator."""
+    recorder._worker = _Worker(recorder.counters)
+    return recorder
+
+
+def test_counting_in_the_background_counts_the_same():
+    here, there = make_recorder(), in_background(make_recorder())
+    rng = np.random.default_rng(11)
+    for _ in range(20):
+        routes, ids = random_routes(rng, 15)
+        for recorder in (here, there):
+            feed(recorder, routes, ids)
+            recorder.step()
+    assert_same_counts(there.profile(FINGERPRINT), here.profile(FINGERPRINT))
+
+
+def test_a_failure_in_the_background_stops_the_run():
+    recorder = in_background(make_recorder())
+    routes, ids = random_routes(np.random.default_rng(12), 5)
+    feed(recorder, routes, ids[:4])
+    recorder.step()
+    with pytest.raises(BackendError, match="the routing recorder failed"):
+        recorder.flush()
+    with pytest.raises(BackendError, match="the routing recorder failed"):
         recorder.step()
