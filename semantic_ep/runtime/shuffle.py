@@ -173,7 +173,7 @@ class KernelShuffle:
         out = x_ND.new_empty(rows_per_rank, x_ND.shape[1])
         arguments = _arguments(exchange, x_ND, permutation, out, num_rows=len(x_ND))
         exchange.endpoint.queue_reduce_scatter(arguments)
-        exchange.run_queued()
+        exchange.after_queueing()
         return out
 
     def raw_all_gather(self, x_MD: Tensor, permutation: Tensor, num_rows: int) -> Tensor:
@@ -183,7 +183,7 @@ class KernelShuffle:
         out = x_MD.new_empty(num_rows, x_MD.shape[1])
         arguments = _arguments(exchange, x_MD, permutation, out, num_rows=num_rows)
         exchange.endpoint.queue_all_gather(arguments)
-        exchange.run_queued()
+        exchange.after_queueing()
         return out
 
     def close(self) -> None:

@@ -178,18 +178,17 @@ def compile_emulator(
         command = [str(cxx), *flags, *macros, "-shared", "-x", "c++", kernels, scheduler]
         return _run_to(target, command)
     # The scheduler moves fibers about by hand; ThreadSanitizer must watch the kernels only.
-    kernels_object, scheduler_object = target.with_suffix(".k.o"), target.with_suffix(".s.o")
+    kernels_object, scheduler_object = target.with_suffix(".o"), target.with_name("scheduler.o")
     plain = [flag for flag in flags if not flag.startswith("-fsanitize")]
     messages = _run_to(kernels_object, [str(cxx), *flags, *macros, "-c", "-x", "c++", kernels])
-    messages += _run_to(
-        scheduler_object, [str(cxx), *plain, "-DEMU_TSAN", "-c", "-x", "c++", scheduler]
-    )
+    if not scheduler_object.is_file():
+        command = [str(cxx), *plain, "-DEMU_TSAN", "-c", "-x", "c++", scheduler]
+        messages += _run_to(scheduler_object, command)
     messages += _run_to(
         target,
         [str(cxx), "-shared", "-fsanitize=thread", str(kernels_object), str(scheduler_object)],
     )
     kernels_object.unlink()
-    scheduler_object.unlink()
     return messages
 
 

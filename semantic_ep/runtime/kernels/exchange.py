@@ -74,6 +74,8 @@ class KernelExchange:
         device: Where the kernels run.
         grid: Launch sizes; default for the device.
         timeout_s: Seconds to wait for a peer; default `SEMANTIC_EP_KERNEL_TIMEOUT_S`, else 60.
+        deferred: Only queue. For virtual ranks of one process, which must all be queued before any
+            can finish: the caller calls `run_queued` of each afterwards.
     """
 
     def __init__(
@@ -84,8 +86,11 @@ class KernelExchange:
         *,
         grid: Grid | None = None,
         timeout_s: float | None = None,
+        deferred: bool = False,
     ) -> None:
         self.memory, self.heap, self.device = memory, heap, device
+        self._deferred = deferred
+        self._kept: list[object] = []
         self.library = load_library(device.type)
         on_gpu = device.type == "cuda"
         if timeout_s is None:
@@ -127,7 +132,7 @@ class KernelExchange:
             scale_stride=heap.scale_stride,
             partial_stride=heap.partial_stride,
             **self._offsets,
-            **_addresses(fields),
+            **self._addresses(fields),
         )
 
     def shuffle_arguments(self, **fields: Tensor | int | None) -> abi.Shuffle:
@@ -138,8 +143,13 @@ class KernelExchange:
             group=self.endpoint.group,
             row_stride=heap.row_stride,
             **self._offsets,
-            **_addresses(fields),
+            **self._addresses(fields),
         )
+
+    def after_queueing(self) -> None:
+        """What every operator ends with: `run_queued`, unless that is the caller's."""
+        if not self._deferred:
+            self.run_queued()
 
     def run_queued(self) -> None:
         """Run what is queued (emulator; a GPU does so by itself) and raise failures seen so far.
@@ -150,7 +160,16 @@ class KernelExchange:
         """
         if isinstance(self.library, abi.EmulatorLibrary):
             self.library.synchronize()
+            self._kept.clear()
         self.endpoint.raise_failure()
+
+    def _addresses(self, fields: dict[str, Tensor | int | None]) -> dict[str, int | None]:
+        if self._deferred and isinstance(self.library, abi.EmulatorLibrary):
+            self._kept.append(fields)  # a GPU's allocator knows streams; memory here does not
+        return {
+            name: value.data_ptr() if isinstance(value, Tensor) else value
+            for name, value in fields.items()
+        }
 
     def close(self) -> None:
         """Give the symmetric memory back; collective."""
@@ -166,10 +185,3 @@ _EXCHANGES: weakref.WeakValueDictionary[int, KernelExchange] = weakref.WeakValue
 def exchange_of(key: int) -> KernelExchange:
     """The exchange that an operator names."""
     return _EXCHANGES[key]
-
-
-def _addresses(fields: dict[str, Tensor | int | None]) -> dict[str, int | None]:
-    return {
-        name: value.data_ptr() if isinstance(value, Tensor) else value
-        for name, value in fields.items()
-    }

@@ -103,7 +103,7 @@ def _dispatch(
     arguments.rows, arguments.row_weight = rows.data_ptr(), row_weight.data_ptr()
     arguments.row_scales = row_scales.data_ptr()
     owner.endpoint.queue_expand(arguments)
-    owner.run_queued()
+    owner.after_queueing()
     return (
         rows,
         row_scales,
@@ -142,7 +142,7 @@ def _combine(y: Tensor, row_weight: Tensor, *rest: Any) -> Tensor:
     out = y.new_empty(len(routes.slot_TK), y.shape[1])
     arguments = _routed_arguments(owner, routes, y, y=y, row_weight=row_weight, out=out)
     owner.endpoint.queue_combine(arguments)
-    owner.run_queued()
+    owner.after_queueing()
     return out
 
 
@@ -163,7 +163,7 @@ def _dispatch_backward(
         route_grad=weight_grad,
     )
     owner.endpoint.queue_combine(arguments)
-    owner.run_queued()
+    owner.after_queueing()
     return x_grad, weight_grad
 
 
@@ -184,7 +184,7 @@ def _combine_backward(
         row_weight_grad=row_weight_grad,
     )
     owner.endpoint.queue_combine_grad(arguments)
-    owner.run_queued()
+    owner.after_queueing()
     return y_grad, row_weight_grad
 
 

@@ -91,7 +91,9 @@ __global__ void __launch_bounds__(1024) layout(const __grid_constant__ SepMoe a)
         a.rank_position[static_cast<int64_t>(i) * ranks + target] = hit && place < a.capacity ? place : -1;
       else if (hit)
         a.entry_position[i] = place;
+#ifndef MUTANT_NO_CARRY_BETWEEN_CHUNKS
       chosen += total;
+#endif
     }
     if (threadIdx.x) continue;
     if (!is_rank) {
@@ -113,11 +115,7 @@ SEP_DEVICE void send_token(const SepMoe& a, int token, int lane, bool with_route
     if (rank >= 0) place = a.rank_position[static_cast<int64_t>(token) * ranks + rank];
   }
   const uint32_t same = __match_any_sync(kFullMask, rank);
-#ifdef MUTANT_NO_DEDUPLICATION
-  const bool leader = place >= 0;
-#else
   const bool leader = place >= 0 && __ffs(static_cast<int>(same)) - 1 == lane;
-#endif
   const uint32_t leaders = __ballot_sync(kFullMask, leader);
   if (with_routes) {
     const int64_t route = static_cast<int64_t>(token) * a.topk + lane;

@@ -7,8 +7,10 @@
 // Epochs in the flags mean that nothing is reset and that no barrier is needed between exchanges. Epochs live
 // in device memory, so a captured CUDA graph can be replayed. No block ever waits for a block of its own grid.
 //
-// A rank that fails (time-out, overflow, bad input) stores POISON instead of a value: its peers fail in the
-// same exchange, and no rank takes a partial result for a whole one.
+// MUTANT_* are bugs that the tests plant to prove that they would find them; no build defines one.
+//
+// A rank that fails (time-out, overflow, bad input) stores POISON instead of values: its peers fail as soon as
+// they look, and no rank takes a partial result for a whole one.
 #pragma once
 #include "abi.h"
 #include "portable.h"
@@ -51,11 +53,18 @@ SEP_DEVICE uint32_t wait_flag(const SepGroup& g, int channel, Phase phase, int p
   uint64_t deadline = 0;
   for (int spins = 0;; spins++) {
     const uint64_t seen = load_acquire_system(address);
-    if (static_cast<uint32_t>(seen >> 32) == epoch) {
-      const uint32_t value = static_cast<uint32_t>(seen);
-      if (value == kPoison) fail(g, SEP_PEER_FAILED, channel, peer, 0);
-      return value;
+    const uint32_t value = static_cast<uint32_t>(seen);
+    const int32_t ahead = static_cast<int32_t>(static_cast<uint32_t>(seen >> 32) - epoch);
+    // A rank that has failed waits for nobody, so its poison may be of a later epoch.
+    if (value == kPoison && ahead >= 0) {
+      fail(g, SEP_PEER_FAILED, channel, peer, 0);
+      return kPoison;
     }
+#ifdef MUTANT_ANY_EPOCH
+    if (seen >> 32 || epoch == 0) return value;
+#else
+    if (ahead == 0) return value;
+#endif
     if (spins % 64 == 63) {
       if (has_failed(g)) return kPoison;
       if (bounded) {
@@ -102,7 +111,11 @@ SEP_DEVICE bool last_block(const SepGroup& g, int channel, Phase phase) {
 template <class Value>
 SEP_DEVICE void publish_ready(const SepGroup& g, int channel, uint32_t epoch, Value value) {
   if (!last_block(g, channel, READY)) return;
+#ifdef MUTANT_NO_POISON
+  const bool poisoned = false;
+#else
   const bool poisoned = has_failed(g);
+#endif
   for (int peer = threadIdx.x; peer < g.num_ranks; peer += blockDim.x) {
     const uint64_t word = static_cast<uint64_t>(epoch) << 32 | (poisoned ? kPoison : value(peer));
 #ifdef MUTANT_RELAXED_READY_FLAG
@@ -123,8 +136,13 @@ SEP_DEVICE void publish_free(const SepGroup& g, int channel, uint32_t epoch) {
   const bool last = last_block(g, channel, FREE);
 #endif
   if (!last) return;
+  const uint64_t word = static_cast<uint64_t>(epoch) << 32 | (has_failed(g) ? kPoison : 0);
   for (int peer = threadIdx.x; peer < g.num_ranks; peer += blockDim.x)
-    store_release_system(flag(g, peer, channel, FREE, g.rank), static_cast<uint64_t>(epoch) << 32);
+#ifdef MUTANT_RELAXED_FREE_FLAG
+    store_relaxed_system(flag(g, peer, channel, FREE, g.rank), word);
+#else
+    store_release_system(flag(g, peer, channel, FREE, g.rank), word);
+#endif
 }
 
 // The epoch that this rank's next send begins. The caller may write into peers' heaps afterwards.

@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <time.h>
 
+#include <array>
 #include <cstdarg>
 #include <cstdio>
 #include <deque>
@@ -28,13 +29,18 @@ struct Fiber : Thread {
   bool spins = false, spin_is_bounded = false;
 };
 
-// Lanes that wait for each other in one warp collective. Masks are few, so a warp keeps them in a list.
+// Lanes that wait for each other in one warp collective; a warp has one for each mask in use.
 struct Meeting {
   uint32_t mask = 0, arrived = 0;
   int line = 0;
   uint64_t in[32], out[32];
 };
 
+constexpr size_t kSharedBytes = 1024;  // of one shared array
+constexpr int kSharedArrays = 4, kMasks = 4;
+
+// Everything a block needs is allocated by the host when it starts: ThreadSanitizer takes an allocation for a
+// write of the thread that makes it.
 struct Block {
   Grid* grid;
   Geometry geometry;
@@ -42,8 +48,9 @@ struct Block {
   int barrier_line = 0;
   char barrier_key = 0;
   std::vector<std::unique_ptr<Fiber>> threads;
-  std::vector<std::deque<Meeting>> warps;
-  std::map<const void*, std::unique_ptr<char[]>> shared;
+  std::vector<std::array<Meeting, kMasks>> warps;
+  std::array<std::unique_ptr<char[]>, kSharedArrays> shared;
+  std::array<const void*, kSharedArrays> shared_keys{};
 };
 
 struct Grid {
@@ -93,12 +100,13 @@ class Scheduler {
   void progress() { progress_++; }
   [[noreturn]] void fail(const char* format, ...);
   [[noreturn]] void finish_current();
-  void reset();
+  void abandon();
 
  private:
   std::vector<std::unique_ptr<Stream>> streams_;
   std::vector<Fiber*> ready_;
-  std::vector<std::unique_ptr<Block>> blocks_;
+  std::vector<std::unique_ptr<Block>> blocks_;  // those of finished grids are freed when run() returns
+  std::vector<std::unique_ptr<Grid>> finished_;
   std::map<int, unsigned> resident_;
   std::vector<Context> free_stacks_;
   Context host_;
@@ -116,6 +124,7 @@ class Scheduler {
   void to_host() { switch_context(&self()->context, &host_, self()->state == State::done); }
   void wake(Fiber* fiber) {
     fiber->state = State::ready;
+    fiber->spins = false;
     ready_.push_back(fiber);
   }
   void release_barrier(Block* block);
@@ -165,8 +174,10 @@ void Scheduler::yield(Point point) {
   if (point == Point::spin || point == Point::bounded_spin) {
     fiber->spins = true;
     fiber->spin_is_bounded = point == Point::bounded_spin;
-  } else if (random() % 100 >= settings.yield_percent) {
-    return;
+  } else {
+    // Reading a flag again is part of spinning.
+    if (point == Point::atomic) fiber->spins = false;
+    if (random() % 100 >= settings.yield_percent) return;
   }
   to_host();
 }
@@ -202,15 +213,11 @@ const uint64_t* Scheduler::exchange(uint32_t mask, uint64_t value, int line) {
   Block* block = fiber->block;
   const unsigned warp = fiber->index.x >> 5, lane = fiber->index.x & 31;
   if (!((mask >> lane) & 1)) fail("lane %u calls a warp collective at line %d with mask %08x", lane, line, mask);
-  auto& meetings = block->warps[warp];
   Meeting* meeting = nullptr;
-  for (auto& candidate : meetings)
-    if (candidate.mask == mask) meeting = &candidate;
-  if (!meeting) {
-    meetings.emplace_back();
-    meeting = &meetings.back();
-    meeting->mask = mask;
-  }
+  for (auto& candidate : block->warps[warp])
+    if (!meeting && (candidate.mask == mask || !candidate.mask)) meeting = &candidate;
+  if (!meeting) fail("more than %d masks in one warp at line %d", kMasks, line);
+  meeting->mask = mask;
   if (meeting->arrived && meeting->line != line)
     fail("divergent warp: a collective at line %d meets one at line %d (mask %08x)", line, meeting->line, mask);
   meeting->line = line;
@@ -232,12 +239,13 @@ const uint64_t* Scheduler::exchange(uint32_t mask, uint64_t value, int line) {
 }
 
 void* Scheduler::shared(const void* key, size_t bytes) {
-  auto& memory = self()->block->shared[key];
-  if (!memory) {
-    memory.reset(new char[bytes]);
-    memset(memory.get(), 0xCD, bytes);  // uninitialised shared memory must not look like zeros
-  }
-  return memory.get();
+  Block* block = self()->block;
+  int index = 0;
+  while (index < kSharedArrays && block->shared_keys[index] && block->shared_keys[index] != key) index++;
+  if (index == kSharedArrays || bytes > kSharedBytes) fail("shared memory: more than 4 arrays, or %zu bytes in one", bytes);
+  block->shared_keys[index] = key;
+  // At the end of its allocation, so that AddressSanitizer sees an overrun.
+  return block->shared[index].get() + kSharedBytes - (bytes + 15) / 16 * 16;
 }
 
 // A stack is reused along its stream only: ThreadSanitizer would otherwise see an order between ranks that
@@ -272,6 +280,10 @@ void Scheduler::start_block(Grid* grid) {
   block->geometry = {{grid->started++}, {grid->threads}, {grid->blocks}};
   block->live = grid->threads;
   block->warps.resize((grid->threads + 31) / 32);
+  for (auto& array : block->shared) {
+    array.reset(new char[kSharedBytes]);
+    memset(array.get(), 0xCD, kSharedBytes);  // uninitialised shared memory must not look like zeros
+  }
   for (unsigned i = 0; i < grid->threads; i++) {
     auto fiber = std::make_unique<Fiber>();
     fiber->index = {i};
@@ -324,13 +336,7 @@ void Scheduler::retire(Fiber* fiber) {
   resident_[stream->device]--;
   if (++grid->finished < grid->blocks) return;
   stream->pool.insert(stream->pool.end(), grid->spent.begin(), grid->spent.end());
-  for (size_t i = 0; i < blocks_.size();)
-    if (blocks_[i]->grid == grid) {
-      blocks_[i] = std::move(blocks_.back());
-      blocks_.pop_back();
-    } else {
-      i++;
-    }
+  finished_.push_back(std::move(stream->queue.front()));
   stream->queue.pop_front();
 }
 
@@ -379,7 +385,6 @@ int Scheduler::run() {
       break;
     }
     Fiber* fiber = pick();
-    fiber->spins = false;
     current = fiber;
     switch_context(&host_, &fiber->context, false);
     if (!error.empty()) break;
@@ -401,18 +406,19 @@ int Scheduler::run() {
     }
     stream->pool.clear();
   }
-  if (error.empty()) return 0;
-  reset();
-  return 1;
+  const bool failed = !error.empty();
+  if (failed) abandon();
+  blocks_.clear();
+  finished_.clear();
+  return failed;
 }
 
 // After an error: forget what was running. Stacks of fibers that never ended are given back to the system.
-void Scheduler::reset() {
+void Scheduler::abandon() {
   for (auto& block : blocks_)
     for (auto& thread : block->threads)
       if (thread->state != State::done && thread->context.stack) munmap(thread->context.stack, kStackBytes);
   ready_.clear();
-  blocks_.clear();
   resident_.clear();
   for (auto& stream : streams_) {
     for (auto& grid : stream->queue) free_stacks_.insert(free_stacks_.end(), grid->spent.begin(), grid->spent.end());
