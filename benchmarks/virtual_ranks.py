@@ -81,7 +81,7 @@ class VirtualRanks:
         """Queue the dispatch of all ranks: int32 slots, accumulator weights."""
         received = []
         for rank, exchange in enumerate(self.exchanges):
-            with self._stream(rank):
+            with self.stream(rank):
                 rows, _, row_weight, per_slot, _, *routes = torch.ops.semantic_ep.dispatch(
                     x[rank], None, slot[rank], weight[rank], exchange.key, self.max_rows
                 )
@@ -99,7 +99,7 @@ class VirtualRanks:
         """Queue the combine of all ranks."""
         out = []
         for rank, exchange in enumerate(self.exchanges):
-            with self._stream(rank):
+            with self.stream(rank):
                 here = received[rank]
                 out.append(
                     torch.ops.semantic_ep.combine(
@@ -126,7 +126,8 @@ class VirtualRanks:
             stream.wait_stream(torch.cuda.current_stream(self.device))
 
     @contextlib.contextmanager
-    def _stream(self, rank: int) -> Iterator[None]:
+    def stream(self, rank: int) -> Iterator[None]:
+        """Make a rank's stream the current one (GPU)."""
         if self.streams is None:
             yield
         else:

@@ -137,7 +137,7 @@ extern "C" int launch_divergent(int which, void* stream) {
     ("which", "message"),
     [
         (0, "divergent barrier"),
-        (1, "after 32 threads of the block have returned"),
+        (1, "divergent barrier: threads of the block have returned"),
         (2, "deadlock: every thread waits"),
         (3, "with mask 00000001"),
     ],

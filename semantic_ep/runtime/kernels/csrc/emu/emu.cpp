@@ -193,8 +193,7 @@ void Scheduler::barrier(int line) {
   Fiber* fiber = self();
   Block* block = fiber->block;
   if (block->live != block->threads.size())
-    fail("__syncthreads at line %d after %zu threads of the block have returned", line,
-         block->threads.size() - block->live);
+    fail("divergent barrier: threads of the block have returned before the one at line %d", line);
   if (block->waiting && block->barrier_line != line)
     fail("divergent barrier: __syncthreads at line %d meets one at line %d", line, block->barrier_line);
   block->barrier_line = line;
@@ -331,7 +330,13 @@ void Scheduler::retire(Fiber* fiber) {
   Block* block = fiber->block;
   Grid* grid = block->grid;
   grid->spent.push_back(fiber->context);
-  if (--block->live) return;
+  block->live--;
+  if (block->waiting) {
+    error = grid->name + ": divergent barrier: threads of the block have returned while others wait at line " +
+            std::to_string(block->barrier_line);
+    return;
+  }
+  if (block->live) return;
   Stream* stream = grid->stream;
   resident_[stream->device]--;
   if (++grid->finished < grid->blocks) return;

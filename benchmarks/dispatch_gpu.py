@@ -1,0 +1,257 @@
+"""The GPU half of the dispatch theme: virtual ranks on one device.
+
+All heaps lie in one memory, so the limit is the device's own copy bandwidth, measured in the same
+run: bytes read and written by the kernels over time, against a large copy's. "Wire" counts what
+would cross NVLink: rows to other ranks; "logical" also those that stay.
+
+Shapes: T tokens of a rank, D hidden, K top-k, S slots a rank, G ranks, R rows of a rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Result, Row, Table
+from benchmarks.virtual_ranks import Rows, VirtualRanks, check, random_inputs
+from semantic_ep.errors import BackendError, explain
+
+TOPK, SLOTS = 8, 32
+COPY_BYTES = 1 << 30
+
+
+def run_gpu(args: argparse.Namespace) -> Result:
+    """Time kernels and the torch path, interleaved, at each number of tokens and ranks."""
+    if not torch.cuda.is_available():
+        raise BackendError(
+            explain("torch sees no CUDA device", where="--device", do="Use --device cpu")
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    hidden = args.hidden or 7168
+    copy_rate = copy_bandwidth(device, args.repeats)
+    rows: list[Row] = []
+    for ranks in args.ranks or [8]:
+        for tokens in args.tokens or [128, 4096]:
+            rows += _measure(device, ranks, tokens, hidden, copy_rate, args)
+    return Result(
+        theme="dispatch",
+        protocol={
+            "device": torch.cuda.get_device_name(device),
+            "ranks": "virtual, one stream each, on one device",
+            "hidden": hidden,
+            "dtype": "bfloat16",
+            "topk": TOPK,
+            "slots_per_rank": SLOTS,
+            "routes": "uniform, distinct",
+            "timing": f"CUDA graph of all ranks, events, {args.repeats} replays after "
+            f"{args.warm_up}, variants interleaved",
+            "copy_gbytes_per_s": copy_rate / 1e9,
+            "of_copy": "(bytes read + written by rows) / time / copy rate; a copy of n bytes "
+            "reads and writes 2 n",
+            "launch_floor_us": "the same graph with as many empty kernels",
+        },
+        rows=rows,
+        tables=[Table(title="Virtual ranks on one GPU (median)", rows=_summary(rows))],
+    )
+
+
+def copy_bandwidth(device: torch.device, repeats: int) -> float:
+    """Bytes a second that a device-to-device copy reads and writes together."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = time_replays({"copy": lambda: target.copy_(source)}, repeats, warm_up=3)["copy"]
+    return 2 * COPY_BYTES / statistics.median(times)
+
+
+def time_replays(
+    steps: dict[str, Callable[[], Any]], repeats: int, warm_up: int
+) -> dict[str, list[float]]:
+    """Seconds of each replay of each step, captured as a CUDA graph; steps take turns."""
+    graphs = {}
+    for name, step in steps.items():
+        step()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(warm_up + repeats):
+        for name, graph in graphs.items():
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if repeat >= warm_up:
+                times[name].append(begin.elapsed_time(end) / 1e3)
+    return times
+
+
+def _measure(
+    device: torch.device,
+    ranks: int,
+    tokens: int,
+    hidden: int,
+    copy_rate: float,
+    args: argparse.Namespace,
+) -> list[Row]:
+    inputs = random_inputs(
+        ranks,
+        tokens=tokens,
+        hidden=hidden,
+        slots_per_rank=SLOTS,
+        topk=TOPK,
+        dtype=torch.bfloat16,
+        device=device,
+        seed=args.seed,
+    )
+    x, slot, weight = inputs
+    per_rank = [sum(int((s // SLOTS == rank).sum()) for s in slot) for rank in range(ranks)]
+    virtual = VirtualRanks(
+        num_ranks=ranks,
+        slots_per_rank=SLOTS,
+        max_tokens=tokens,
+        topk=TOPK,
+        hidden=hidden,
+        dtype=torch.bfloat16,
+        device=device,
+        max_rows=max(per_rank),
+    )
+    received = virtual.dispatch(x, slot, weight)
+    virtual.finish()
+    check(x, slot, weight, received, SLOTS)
+    y = [here.rows_RD.clone() for here in received]
+    steps = _steps(virtual, inputs, received, y)
+    times = time_replays(steps, args.repeats, args.warm_up)
+    virtual.finish()
+    traffic = _traffic(slot, ranks, hidden)
+    return [
+        {
+            "ranks": ranks,
+            "tokens": tokens,
+            "step": name,
+            "median_us": statistics.median(seconds) * 1e6,
+            "p20_us": float(np.percentile(seconds, 20)) * 1e6,
+            "p80_us": float(np.percentile(seconds, 80)) * 1e6,
+            "n": len(seconds),
+            **_rates(name, statistics.median(seconds), traffic, ranks, copy_rate),
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def _steps(
+    virtual: VirtualRanks,
+    inputs: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    received: list[Rows],
+    y: list[Tensor],
+) -> dict[str, Callable[[], Any]]:
+    """Kernels and torch's way, each for all ranks, and as many empty kernels."""
+    x, slot, weight = inputs
+    all_x = torch.cat(x)
+    index = [_row_index(slot, rank) for rank in range(len(x))]
+    bounds = [len(one) for one in index]
+    home = torch.cat(index).argsort(stable=True)
+    empty = torch.empty(1, device=all_x.device)
+
+    def forked(step: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            virtual.fork()
+            step()
+            virtual.join()
+
+        return run
+
+    def torch_dispatch() -> None:
+        for rank_index in index:
+            all_x.index_select(0, rank_index)
+
+    flat_weight = torch.cat(weight).flatten()[:, None]
+
+    def torch_combine() -> None:
+        rows = torch.cat([rows[:bound] for rows, bound in zip(y, bounds, strict=True)])
+        routed = rows.index_select(0, home).float() * flat_weight
+        routed.view(len(all_x), TOPK, -1).sum(dim=1).bfloat16()
+
+    def launches(count: int) -> Callable[[], None]:
+        def run() -> None:
+            for rank in range(len(x)):
+                with virtual.stream(rank):
+                    for _ in range(count):
+                        empty.fill_(0)
+
+        return forked(run)
+
+    return {
+        "dispatch": forked(lambda: virtual.dispatch(x, slot, weight)),
+        "combine": forked(lambda: virtual.combine(y, received)),
+        "torch dispatch": torch_dispatch,
+        "torch combine": torch_combine,
+        "launch floor dispatch": launches(4),
+        "launch floor combine": launches(2),
+    }
+
+
+def _row_index(slot: list[Tensor], rank: int) -> Tensor:
+    """Token (over all ranks) of each row of a rank, sorted by slot."""
+    everything = torch.cat(slot)
+    token, choice = (everything // SLOTS == rank).nonzero().unbind(1)
+    return token[torch.argsort(everything[token, choice], stable=True)]
+
+
+def _traffic(slot: list[Tensor], ranks: int, hidden: int) -> dict[str, int]:
+    """Bytes of all ranks together: copies (token, rank), those to others, and rows a route."""
+    row = hidden * 2
+    hit = [torch.stack([(s // SLOTS == r).any(1) for r in range(ranks)], 1) for s in slot]
+    copies = sum(int(one.sum()) for one in hit)
+    own = sum(int(one[:, rank].sum()) for rank, one in enumerate(hit))
+    tokens = sum(len(s) for s in slot)
+    routes = sum(s.numel() for s in slot)
+    return {
+        "tokens": tokens * row,
+        "copies": copies * row,
+        "remote": (copies - own) * row,
+        "routes": routes * row,
+    }
+
+
+def _rates(
+    step: str, seconds: float, traffic: dict[str, int], ranks: int, copy_rate: float
+) -> dict[str, float | None]:
+    """Wire and logical GB/s of one rank, and the share of the device's copy rate."""
+    # dispatch: read x, write remote copies; read copies, write rows. combine: the way back.
+    moved = {
+        "dispatch": traffic["tokens"] + traffic["remote"] + traffic["copies"] + traffic["routes"],
+        "combine": traffic["routes"] + 2 * traffic["copies"] + traffic["tokens"],
+    }.get(step)
+    if moved is None:
+        return {"wire_gb_s": None, "logical_gb_s": None, "of_copy": None}
+    return {
+        "wire_gb_s": traffic["remote"] / ranks / seconds / 1e9,
+        "logical_gb_s": traffic["copies"] / ranks / seconds / 1e9,
+        "of_copy": moved / seconds / copy_rate,
+    }
+
+
+def _summary(rows: Sequence[Row]) -> list[Row]:
+    return [
+        {
+            "ranks": row["ranks"],
+            "tokens": row["tokens"],
+            "step": row["step"],
+            "us": row["median_us"],
+            "p20..p80": f"{row['p20_us']:.4g}..{row['p80_us']:.4g}",
+            "wire GB/s": row["wire_gb_s"],
+            "logical GB/s": row["logical_gb_s"],
+            "% of copy": None if row["of_copy"] is None else 100 * row["of_copy"],
+        }
+        for row in rows
+    ]

@@ -1,0 +1,91 @@
+"""Real ranks over NVLink against NCCL: `torchrun --nproc-per-node 8 benchmarks/gpu/many_gpus.py`.
+
+Checks that the kernels give the rows of the torch backend bit for bit and its sums to rounding, and
+times both, interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def main() -> int:
+    """Compare and time; 0 if everything agrees or there is nothing to compare on."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4096, help="a rank")
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=32, help="a rank")
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    if torch.cuda.device_count() < 2:
+        print("skipped: fewer than 2 CUDA devices")
+        return 0
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    try:
+        compare(args)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def compare(args: argparse.Namespace) -> None:
+    """One line a backend on rank 0."""
+    from semantic_ep.runtime.kernels.dispatcher import KernelDispatcher
+    from semantic_ep.runtime.stats import DispatchStats
+    from semantic_ep.runtime.torch_dispatch import TorchDispatcher
+
+    group = dist.group.WORLD
+    rank, ranks = group.rank(), group.size()
+    draw = torch.Generator(device="cuda").manual_seed(rank)
+    x = torch.randn(args.tokens, args.hidden, generator=draw, device="cuda").bfloat16()
+    scores = torch.rand(args.tokens, ranks * args.slots, generator=draw, device="cuda")
+    slot = scores.topk(args.topk).indices
+    weight = torch.rand(args.tokens, args.topk, generator=draw, device="cuda")
+
+    def new_stats() -> DispatchStats:
+        return DispatchStats(num_layers=1, ep_size=ranks, slots_per_rank=args.slots, rank=rank)
+
+    backends = {
+        "kernels": KernelDispatcher(
+            group=group, slots_per_rank=args.slots, stats=new_stats(), max_tokens=args.tokens
+        ),
+        "torch (NCCL)": TorchDispatcher(group=group, slots_per_rank=args.slots, stats=new_stats()),
+    }
+    rows, sums = [], []
+    times: dict[str, list[float]] = {name: [] for name in backends}
+    for repeat in range(3 + args.repeats):
+        for name, backend in backends.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            dist.barrier()
+            begin.record()
+            dispatched = backend.dispatch(x, slot, weight)
+            out = backend.combine(dispatched.rows_RD, dispatched)
+            end.record()
+            end.synchronize()
+            if repeat == 0:
+                rows.append(dispatched.rows_RD)
+                sums.append(out)
+            if repeat >= 3:
+                times[name].append(begin.elapsed_time(end) * 1e3)
+    assert torch.equal(rows[0], rows[1]), "rows differ"
+    torch.testing.assert_close(sums[0], sums[1], rtol=2e-2, atol=2e-2)
+    for name, values in times.items():
+        slowest = torch.tensor(statistics.median(values), device="cuda")
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        if rank == 0:
+            print(f"{name}: dispatch + combine {float(slowest):.0f} us, slowest rank's median")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
