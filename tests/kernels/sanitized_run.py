@@ -12,12 +12,11 @@ from semantic_ep.runtime.kernels.endpoint import EMULATED_GRID
 from tests.kernels.virtual_group import (
     MoeCase,
     MoePass,
-    ShuffleCase,
     VirtualGroup,
     moe_heap,
     run_moe,
-    run_shuffle,
 )
+from tests.kernels.virtual_shuffle import ShuffleCase, run_shuffle
 
 
 def protocol(library: abi.EmulatorLibrary) -> None:

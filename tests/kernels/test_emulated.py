@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 
 from tests.kernels.virtual_group import (
     MoeCase,
-    ShuffleCase,
     decode,
     encode,
     run_moe,
-    run_shuffle,
 )
+from tests.kernels.virtual_shuffle import ShuffleCase, run_shuffle
 
 DTYPE_NAMES = st.sampled_from(["bf16", "f16", "f32", "f64"])
 

@@ -12,12 +12,11 @@ from semantic_ep.runtime.kernels.endpoint import MoeHeap, ShuffleHeap
 from tests.kernels.virtual_group import (
     MoeCase,
     MoePass,
-    ShuffleCase,
     VirtualGroup,
     moe_heap,
-    shuffle_arguments,
     storage,
 )
+from tests.kernels.virtual_shuffle import ShuffleCase, shuffle_arguments
 
 
 def queued_passes(emulator, case, *, capacity=None, timeout_s=0.0):

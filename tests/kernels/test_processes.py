@@ -103,6 +103,49 @@ def test_kernels_equal_all_to_all_single_bit_for_bit(ranks):
     run_ranks(_equals_all_to_all, ranks)
 
 
+def _fixed_rows(rank, ranks):
+    shape = {"tokens": 9, "hidden": 40, "slots": 3, "topk": 4, "dtype": torch.float32, "seed": 5}
+    x, slot, weight = inputs_of(rank, ranks, **shape)
+    results = []
+    for options in ({}, {"max_tokens": 16, "max_rows": 100}):
+        dispatcher = dispatcher_of(3, **options)
+        dispatched = dispatcher.dispatch(x, slot, weight)
+        used = int(dispatched.tokens_per_slot_S.sum())
+        out = dispatcher.combine(torch.tanh(dispatched.rows_RD), dispatched)
+        results.append((dispatched.rows_RD[:used], dispatched.weight_R[:used], out))
+    assert len(dispatched.rows_RD) == 100
+    assert dispatcher.stats.rows_dispatch.sum() == 0, "counting would wait for the device"
+    for exact, fixed in zip(*results, strict=True):
+        assert torch.equal(exact, fixed)
+
+
+def test_a_fixed_number_of_rows_gives_the_same_results():
+    run_ranks(_fixed_rows, 2)
+
+
+def _quantised_rows(rank, ranks):
+    dispatcher = dispatcher_of(4, max_tokens=8)
+    x, slot, weight = inputs_of(
+        rank, ranks, tokens=6, hidden=256, slots=4, topk=2, dtype=torch.float32, seed=2
+    )
+    exchange = dispatcher.dispatch(x, slot, weight).state.exchange
+    scales = torch.rand(6, 1)  # fits the heap's rows, which have none: one process, own rows
+    rows, row_scales, row_weight, per_slot, *_ = torch.ops.semantic_ep.dispatch(
+        x.to(torch.float8_e4m3fn), scales, slot.int(), weight, exchange.key, -1
+    )
+    token, choice = (slot >= 0).nonzero(as_tuple=True)
+    order = torch.argsort(slot[token, choice], stable=True)
+    assert int(per_slot.sum()) == len(token)
+    expected = x.to(torch.float8_e4m3fn)[token[order]]
+    assert torch.equal(rows.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(row_scales, scales[token[order]])
+    assert torch.equal(row_weight, weight[token, choice][order])
+
+
+def test_fp8_rows_travel_with_their_scales():
+    run_ranks(_quantised_rows, 1)
+
+
 def _sees_a_killed_peer(rank, ranks, seed):
     x, slot, weight = inputs_of(
         rank, ranks, tokens=12, hidden=32, slots=2, topk=2, dtype=torch.float32, seed=seed

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from semantic_ep.runtime.kernels import abi
-from semantic_ep.runtime.kernels.endpoint import EMULATED_GRID, Endpoint, MoeHeap, ShuffleHeap
+from semantic_ep.runtime.kernels.endpoint import EMULATED_GRID, Endpoint, MoeHeap
 
 DTYPES = {"f32": abi.Dtype.F32, "f16": abi.Dtype.F16, "bf16": abi.Dtype.BF16, "f64": abi.Dtype.F64}
 # Half the distance between 1 and the next number.
@@ -352,102 +352,3 @@ def close(got: np.ndarray, expected: np.ndarray, magnitude: np.ndarray, dtype: s
     assert (error <= bound).all(), (
         f"largest excess {np.nanmax(error - bound)}, NaN: {np.isnan(error).any()}"
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShuffleCase:
-    """Shuffled reduce-scatter, then shuffled all-gather of the result, several times."""
-
-    ranks: int
-    num_rows: int
-    hidden: int = 24
-    dtype: str = "bf16"
-    seed: int = 0
-    iterations: int = 2
-
-
-def draw_permutation(case: ShuffleCase, rng: np.random.Generator) -> np.ndarray:
-    """[G * rows_per_rank] int32, with -1 where slices are padded."""
-    rows_per_rank = -(-case.num_rows // case.ranks)
-    permutation = np.full(case.ranks * rows_per_rank, -1, np.int32)
-    permutation[: case.num_rows] = rng.permutation(case.num_rows)
-    return rng.permutation(permutation).astype(np.int32)
-
-
-def shuffle_arguments(
-    endpoint: Endpoint,
-    heap: ShuffleHeap,
-    case: ShuffleCase,
-    permutation: np.ndarray,
-    x: np.ndarray,
-    out: np.ndarray,
-) -> abi.Shuffle:
-    offsets = heap.offsets()
-    del offsets["end"]
-    return abi.Shuffle(
-        group=endpoint.group,
-        rows_per_rank=len(permutation) // case.ranks,
-        num_rows=case.num_rows,
-        hidden=case.hidden,
-        row_bytes=heap.row_bytes,
-        row_stride=heap.row_stride,
-        dtype=DTYPES[case.dtype],
-        permutation=address(permutation),
-        x=address(x),
-        out=address(out),
-        **offsets,
-    )
-
-
-def run_shuffle(library: abi.EmulatorLibrary, case: ShuffleCase) -> None:
-    """Queue all iterations of all ranks, run them, and check every output."""
-    library.configure(seed=case.seed)
-    rng = np.random.default_rng(case.seed)
-    permutations = [draw_permutation(case, rng) for _ in range(case.iterations)]
-    rows_per_rank = len(permutations[0]) // case.ranks
-    row_bytes = case.hidden * storage((1,), case.dtype).itemsize
-    heap = ShuffleHeap(num_ranks=case.ranks, max_rows_per_rank=rows_per_rank, row_bytes=row_bytes)
-    group = VirtualGroup(library, heap.offsets()["end"], case.ranks)
-    shape, slice_shape = (case.num_rows, case.hidden), (rows_per_rank, case.hidden)
-    x = [
-        [encode(rng.standard_normal(shape), case.dtype) for _ in range(case.ranks)]
-        for _ in range(case.iterations)
-    ]
-    slices = [
-        [storage(slice_shape, case.dtype) for _ in range(case.ranks)]
-        for _ in range(case.iterations)
-    ]
-    gathered = [
-        [storage(shape, case.dtype) for _ in range(case.ranks)] for _ in range(case.iterations)
-    ]
-    kept = []
-    for rank in rng.permutation(case.ranks):
-        endpoint = group.endpoints[rank]
-        for i, permutation in enumerate(permutations):
-            scatter = shuffle_arguments(
-                endpoint, heap, case, permutation, x[i][rank], slices[i][rank]
-            )
-            gather = shuffle_arguments(
-                endpoint, heap, case, permutation, slices[i][rank], gathered[i][rank]
-            )
-            kept += [scatter, gather]
-            endpoint.queue_reduce_scatter(scatter)
-            endpoint.queue_all_gather(gather)
-    library.synchronize()
-    group.raise_failures()
-    for i, permutation in enumerate(permutations):
-        parts = np.stack([decode(one, case.dtype) for one in x[i]])
-        for rank in range(case.ranks):
-            mine = permutation[rank * rows_per_rank :][:rows_per_rank]
-            total = np.where(mine[:, None] < 0, 0, parts.sum(axis=0)[mine])
-            bound = (
-                ROUNDING[case.dtype] * 1.01 * abs(total)
-                + ACCUMULATION[case.dtype] * abs(parts).sum(axis=0)[mine]
-            )
-            error = abs(decode(slices[i][rank], case.dtype) - total)
-            assert (error <= bound + SMALLEST[case.dtype]).all()
-        for rank in range(case.ranks):
-            for m, row in enumerate(permutation):
-                if row >= 0:
-                    expected = slices[i][m // rows_per_rank][m % rows_per_rank]
-                    np.testing.assert_array_equal(gathered[i][rank][row], expected)
