@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels: no spills, few registers, wide accesses, release before the flag."""
+"""What nvcc makes of the kernels: no spills, few registers, wide accesses, ordered flags."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""Shuffled reduce-scatter and all-gather on virtual ranks, against a float64 reference. No torch."""
+"""Shuffled reduce-scatter and all-gather on virtual ranks, against float64. No torch."""
 
 from __future__ import annotations
 
