@@ -205,16 +205,15 @@ def _send(
     if len(parts) == 1:
         message = parts[0].contiguous().view(torch.uint8)
     else:
-        message = received.new_zeros(len(parts[0]), width)
+        message = received.new_empty(len(parts[0]), width)
         for part, offset in zip(parts, offsets):
             _column(message, offset, part).copy_(part)
     with peer_guard(operation, group):
         dist.all_to_all_single(received, message, sizes.received, sizes.sent, group=group)
     if len(parts) == 1:
         return (received.view(parts[0].dtype),)
-    return tuple(
-        _column(received, offset, part).contiguous() for part, offset in zip(parts, offsets)
-    )
+    # Columns of the message, not copies: whoever receives them gathers rows from them anyway.
+    return tuple(_column(received, offset, part) for part, offset in zip(parts, offsets))
 
 
 def _row_layout(parts: tuple[Tensor, ...]) -> tuple[list[int], int]:
