@@ -28,8 +28,8 @@ EXTRAS = {
     ],
     "solvers": ["mtkahypar>=1.5"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
-    "report": ["matplotlib>=3.8", "jinja2>=3.1"],
-    "track": ["wandb>=0.31,<0.32"],
+    "report": ["matplotlib>=3.8", "jinja2>=3.1", "tokenizers>=0.20"],
+    "track": ["wandb>=0.31,<0.32", "pillow>=10"],
     "traces": ["pyarrow>=15"],
 }
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
