@@ -24,6 +24,9 @@ from semantic_ep.topology import Topology
 
 Mode = Literal["requests", "tokens"]
 
+# Below this, clusters of sequences are noise.
+MIN_SEQUENCES_PER_RANK = 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SemanticPolicy:
@@ -36,7 +39,7 @@ class SemanticPolicy:
     """
 
     mode: Mode = "tokens"
-    starts: int = 4
+    starts: int = 8
 
     @property
     def name(self) -> str:
@@ -57,15 +60,30 @@ class SemanticPolicy:
             num_layers=1, num_experts=profile.fingerprint.num_experts, ep_size=ep_size
         )
         deadline = None if time_limit is None else time.monotonic() + time_limit
-        seen = np.flatnonzero(profile.token_count > 0)
-        weight = profile.token_count[seen]
-        tables = [sparse.csr_array(table[seen]) for table in profile.token_expert]
+        tables, weight = _rows(profile, self.mode, ep_size)
         groups = [tables] if self.mode == "requests" else [[table] for table in tables]
         ranks = [
             cocluster(group, weight, ep_size, seed=seed, starts=self.starts, deadline=deadline)
             for group in groups
         ]
         return Placement.from_rank_of_expert(np.concatenate(ranks), ep_size=ep_size)
+
+
+def _rows(
+    profile: RoutingProfile, mode: Mode, ep_size: int
+) -> tuple[list[sparse.csr_array], np.ndarray]:
+    """What is clustered: L arrays [N, E] of activations, and [N] tokens in each row.
+
+    Whole requests go to one rank, so what counts is which experts a sequence uses, not a token.
+    Token ids stand in for sequences where the profile has sampled too few of them.
+    """
+    sequences = profile.sequence_load
+    if mode == "requests" and len(sequences) >= MIN_SEQUENCES_PER_RANK * ep_size:
+        tables = [sparse.csr_array(sequences[:, layer]) for layer in range(sequences.shape[1])]
+        return tables, sequences[:, 0].sum(axis=1) / profile.fingerprint.top_k
+    seen = np.flatnonzero(profile.token_count > 0)
+    tables = [sparse.csr_array(table[seen]) for table in profile.token_expert]
+    return tables, profile.token_count[seen]
 
 
 def cocluster(
