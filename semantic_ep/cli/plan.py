@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", type=Path, required=True, metavar="DIR", help="routing profile to plan on"
     )
     parser.add_argument(
-        "--holdout", type=Path, metavar="DIR", help="trace of other requests, to judge the plan on"
+        "--holdout",
+        type=Path,
+        metavar="DIR",
+        help="trace of other requests to judge the plan on (default: `holdout` beside the profile)",
     )
     parser.add_argument("--ep-size", type=int, required=True, metavar="G", help="EP ranks")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
@@ -53,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
     from semantic_ep.plan.verdict import verdict
 
     profile = RoutingProfile.read(args.profile)
-    holdout = RoutingTrace.load(args.holdout) if args.holdout else None
-    if holdout is not None:
-        profile.fingerprint.check(holdout.fingerprint, what=f"--holdout {args.holdout}")
+    held_out = _holdout(args)
+    holdout = RoutingTrace.load(held_out)
+    profile.fingerprint.check(holdout.fingerprint, what=f"--holdout {held_out}")
     topology = _topology(args)
     names = [name for name in COMPARED if name != args.policy] + [args.policy]
     placements, seconds = {}, {}
@@ -99,6 +102,24 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK if account["worth_it"] else EXIT_NO
 
 
+def _holdout(args: argparse.Namespace) -> Path:
+    """The trace to judge on; a plan without a judgement is not made."""
+    from semantic_ep.errors import ConfigError, explain
+
+    held_out: Path = args.holdout or args.profile.absolute().parent / "holdout"
+    if args.holdout is None and not held_out.is_dir():
+        raise ConfigError(
+            explain(
+                "a plan is judged on routing that it was not made from, and none was given",
+                where="--holdout",
+                got=f"nothing at {held_out}",
+                do="Give a trace: record one with semantic_ep.observe.sample_tokens on other "
+                "requests, or convert one with semantic_ep.observe.formats",
+            )
+        )
+    return held_out
+
+
 def _topology(args: argparse.Namespace) -> Topology:
     import os
 
@@ -125,14 +146,15 @@ def _print(account: dict[str, Any], plan: Any, result: dict[str, Any]) -> None:
         "policy": "placement",
         "schedule": "home rank",
         "lar": "LAR",
-        "remote_copies": "remote copies",
-        "node_copies": "node copies",
-        "load_max_over_mean": "expert load max/mean",
-        "tokens_max_over_mean": "tokens max/mean",
-        "solve_seconds": "solve s",
+        "remote_copies": "remote\ncopies",
+        "node_copies": "node\ncopies",
+        "load_max_over_mean": "load\nmax/mean",
+        "tokens_max_over_mean": "tokens\nmax/mean",
+        "solve_seconds": "solve\nseconds",
     }
     for name, heading in columns.items():
-        table.add_column(heading, justify="left" if name in ("policy", "schedule") else "right")
+        left = name in ("policy", "schedule")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
     for row in account["policies"]:
         table.add_row(
             *(

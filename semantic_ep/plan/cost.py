@@ -48,7 +48,7 @@ class RoutingCost:
 
     def bytes_between_ranks(self, bytes_per_row: int) -> np.ndarray:
         """[G, G] int64, dispatch bytes of all layers from rank [i] to another rank [j]."""
-        rows = self.rows_between_ranks.sum(axis=0) * bytes_per_row
+        rows: np.ndarray = self.rows_between_ranks.sum(axis=0) * bytes_per_row
         np.fill_diagonal(rows, 0)
         return rows
 
@@ -57,7 +57,8 @@ class RoutingCost:
         rows = self.rows_between_ranks.copy()
         diagonal = np.arange(rows.shape[1])
         rows[:, diagonal, diagonal] = 0
-        return np.maximum(rows.sum(axis=2), rows.sum(axis=1)).max(axis=1)
+        busiest: np.ndarray = np.maximum(rows.sum(axis=2), rows.sum(axis=1)).max(axis=1)
+        return busiest
 
     def mean(self) -> dict[str, float]:
         """Means over layers, by the names of the fields."""

@@ -59,7 +59,8 @@ class Schedule:
         """
         ids = np.asarray(token_ids, dtype=np.int64)
         ids = ids[(ids >= 0) & (ids < self.vocab_size)]
-        return self.request_affinity[ids].sum(axis=0, dtype=np.float64)
+        score: np.ndarray = self.request_affinity[ids].sum(axis=0, dtype=np.float64)
+        return score
 
     @classmethod
     def from_profile(cls, profile: RoutingProfile, placement: Placement) -> Self:

@@ -54,7 +54,7 @@ def equal_slices(scores: np.ndarray) -> np.ndarray:
     sizes = slice_sizes(tokens, ranks)
     batches = batches + _tie_breaker(batches)
     price = _prices(batches, sizes)
-    home = (batches - price[:, None, :]).argmax(axis=2)
+    home: np.ndarray = (batches - price[:, None, :]).argmax(axis=2)
     _augment(batches, home, sizes)
     return home if scores.ndim == 3 else home[0]
 
