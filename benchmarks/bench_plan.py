@@ -112,7 +112,11 @@ def methods() -> dict[str, Method]:
     ours = {"semantic", "semantic-requests"}
     baselines = [Method(name=name, policy=name) for name in policies() if name not in ours]
     rest = [
-        Method(name="contiguous+schedule", policy="contiguous", scheduled=True),
+        # Placements of others under our schedule: what the semantic placement adds to it.
+        *(
+            Method(name=f"{name}+schedule", policy=name, scheduled=True)
+            for name in ("contiguous", "exflow", "grace", "semmoe")
+        ),
         Method(name="semantic-placement-only", policy="semantic"),
         Method(name="semantic", policy="semantic", scheduled=True),
         Method(name="contiguous-requests", policy="contiguous", mode="requests"),
