@@ -114,17 +114,17 @@ def _hugging_face_block(
         tensors[f"{site.router}.e_score_correction_bias"] = _gathered(
             router.e_score_correction_bias
         )
+    for name in ("shared_experts", "shared_experts_gate"):
+        shared = getattr(layer, name)
+        if shared is not None:
+            source = _name_in(reference.get_submodule(site.block), shared)
+            for key, value in shared.named_parameters():
+                tensors[f"{site.block}.{source}.{key}"] = _gathered(value)
     gate, down, up = (_all_experts(layer, w) for w in (experts.w1, experts.w2, experts.w3))
     if gate is None or down is None or up is None:
         return {}
     tensors[f"{site.experts}.gate_up_proj"] = torch.cat([gate, up], dim=1)
     tensors[f"{site.experts}.down_proj"] = down
-    for name in ("shared_experts", "shared_experts_gate"):
-        shared = getattr(layer, name)
-        if shared is not None:
-            source = _name_in(reference.get_submodule(site.block), shared)
-            for key, value in shared.state_dict().items():
-                tensors[f"{site.block}.{source}.{key}"] = value.detach().cpu()
     _check_block(tensors, site, reference)
     return tensors
 
@@ -178,11 +178,15 @@ def _names_once(model: nn.Module, reference: nn.Module) -> list[str]:
 
 def _name_in(block: nn.Module, shared: nn.Module) -> str:
     """Name of the child of transformers' block with the same parameters."""
-    form = {name: tensor.shape for name, tensor in shared.state_dict().items()}
+    form = {name: _full_shape(parameter) for name, parameter in shared.named_parameters()}
     for name, child in block.named_children():
-        if {key: tensor.shape for key, tensor in child.state_dict().items()} == form:
+        if {key: _full_shape(parameter) for key, parameter in child.named_parameters()} == form:
             return name
     raise CheckpointError(explain("shared experts have no place in transformers' block"))
+
+
+def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _write_shards(
