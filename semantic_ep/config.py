@@ -61,12 +61,6 @@ class PlanConfig(_Section):
     artifact: str = Field(
         "auto", description="directory of a plan; auto: contiguous placement", min_length=1
     )
-    policy: str = Field(
-        "semantic", description="placement policy for re-planning; `semantic-ep plan -h` lists them"
-    )
-    redundant_slots: NonNegativeInt = Field(
-        0, description="spare slots a layer, over all ranks, for copies of experts"
-    )
 
 
 class GroupsConfig(_Section):
@@ -102,10 +96,8 @@ class ScheduleConfig(_Section):
     """Which rank a token or a request runs on."""
 
     mode: Literal["auto", "requests", "tokens", "off"] = Field(
-        "auto", description="schedule whole requests, single tokens, or nothing"
-    )
-    predictor: Auto | Annotated[str, Field(min_length=1)] = Field(
-        "auto", description="predictor of a token's rank; auto: the plan's choice"
+        "auto",
+        description="schedule whole requests, single tokens, or nothing; auto: as the engine can",
     )
 
 

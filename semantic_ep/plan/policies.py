@@ -72,7 +72,7 @@ def policy(name: str) -> PlacementPolicy:
         raise ConfigError(
             explain(
                 "unknown placement policy",
-                where="plan.policy (--policy)",
+                where="--policy",
                 got=name,
                 allowed=sorted(known),
                 do=f'Did you mean "{close}"?' if close else "Choose one of them",
