@@ -23,8 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from rich.console import Console
 from torch import distributed as dist
 from tqdm import tqdm
 
@@ -38,10 +38,12 @@ from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.runtime.groups import GroupPlan
-from semantic_ep.serve.compare import Comparison, ServingMode, compare_modes
+from semantic_ep.serve.compare import ServingMode, compare_modes
 from semantic_ep.serve.engine import SemanticInferenceEngine
 from semantic_ep.serve.reference import generate_in_one_process
+from semantic_ep.serve.requests import Request, read_requests, write_responses
 from semantic_ep.serve.scheduler import by_affinity, round_robin
+from semantic_ep.serve.summary import in_megabytes, parity_line, summary_table, tracked_metrics
 from semantic_ep.topology import Topology
 from semantic_ep.tracking import Tracker
 
@@ -90,43 +92,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A row of the prompts file, and its token ids."""
-
-    row: dict[str, Any]
-    prompt: list[int]
-
-
-def read_requests(args: argparse.Namespace, tokenizer: Any) -> list[Request]:
-    """Read and tokenise the prompts.
-
-    Raises:
-        ConfigError: The file cannot be read, or a row is not as it should be.
-    """
-    where = f"--prompts {args.prompts}"
-    try:
-        lines = args.prompts.read_text().splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        texts = [row["text"] for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            explain(
-                f"cannot read the prompts: {type(error).__name__}: {error}",
-                where=where,
-                allowed='JSON lines, each an object with "text"',
-            )
-        ) from error
-    count = args.num_requests or len(rows)
-    encoded = [tokenizer(text)["input_ids"][: args.max_prompt_tokens] for text in texts[:count]]
-    if not encoded or not all(encoded):
-        empty = [index for index, ids in enumerate(encoded) if not ids][:4]
-        raise ConfigError(
-            explain("there is no prompt, or an empty one", where=where, got=f"empty rows: {empty}")
-        )
-    return [Request(row=row, prompt=ids) for row, ids in zip(rows, encoded)]
 
 
 def read_plan(
@@ -267,57 +232,6 @@ def check_against_one_process(
     return (not different if count else None), count
 
 
-def print_summary(result: dict[str, Any]) -> None:
-    """Counters of every mode in a few lines, for people."""
-    from rich.console import Console
-    from rich.table import Table
-
-    modes = result["modes"]
-    table = Table(
-        "", *modes, title=f"{result['num_requests']} requests on {result['ep_size']} ranks"
-    )
-    for title, cell in (
-        ("local activation rate", lambda m: f"{np.mean(m['lar']):.3f}"),
-        ("remote copies a token", lambda m: f"{np.mean(m['remote_copies']):.3f}"),
-        ("all-to-all MB", lambda m: f"{wire_bytes(m) / 1e6:.2f}"),
-        ("busiest rank / mean", lambda m: f"{busiest(m):.2f}"),
-        ("seconds in dispatch", lambda m: f"{m['seconds']['dispatch']:.2f}"),
-        ("seconds in experts", lambda m: f"{m['seconds']['experts']:.2f}"),
-        ("seconds in combine", lambda m: f"{m['seconds']['combine']:.2f}"),
-        ("new tokens a second", lambda m: f"{m['tokens_per_second']:.0f}"),
-        (
-            "expert MB a rank",
-            lambda m: in_megabytes(m["expert_bytes_resident"]),
-        ),
-    ):
-        table.add_row(title, *(cell(mode) for mode in modes.values()))
-    Console().print(table)
-    same = result["identical_outputs"]
-    print(
-        f"Outputs identical between modes: {same['between_modes']}; to one process: "
-        f"{same['to_single_process']} ({same['checked_requests']} checked). "
-        f"Peak memory a rank while serving: {in_megabytes(result['peak_rss_bytes'])} MB.",
-        flush=True,
-    )
-
-
-def in_megabytes(sizes: list[int]) -> str:
-    """Sizes of all ranks, the equal ones once."""
-    return " / ".join(dict.fromkeys(f"{size / 1e6:.1f}" for size in sizes))
-
-
-def wire_bytes(mode: dict[str, Any]) -> int:
-    """Dispatch and combine payload that left its rank."""
-    matrices = (np.array(mode[name]) for name in ("bytes_dispatch", "bytes_combine"))
-    return int(sum(matrix.sum() - np.trace(matrix) for matrix in matrices))
-
-
-def busiest(mode: dict[str, Any]) -> float:
-    """Activations of the busiest rank over the mean of ranks, mean over layers."""
-    load = np.array(mode["rank_load"])
-    return float(np.mean(load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-9)))
-
-
 def peak_rss_bytes() -> list[int]:
     """Largest resident memory of every rank so far."""
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -326,25 +240,6 @@ def peak_rss_bytes() -> list[int]:
     with peer_guard("gathering of memory sizes", dist.group.WORLD):
         dist.all_gather_object(everyone, mine)
     return everyone
-
-
-def write_responses(
-    path: Path, requests: list[Request], comparison: Comparison, tokenizer: Any
-) -> None:
-    """One JSON line a request: its row without the text, and what was generated."""
-    outputs = next(iter(comparison.outputs.values()))
-    lines = [
-        json.dumps(
-            {
-                **{key: value for key, value in request.row.items() if key != "text"},
-                "prompt_tokens": len(request.prompt),
-                "tokens": ids,
-                "text": tokenizer.decode(ids, skip_special_tokens=True),
-            }
-        )
-        for request, ids in zip(requests, outputs)
-    ]
-    write_file_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -356,7 +251,12 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(args.model)
     plan = read_plan(args, settings, checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    requests = read_requests(args, tokenizer)
+    requests = read_requests(
+        args.prompts,
+        tokenizer,
+        max_prompt_tokens=args.max_prompt_tokens,
+        limit=args.num_requests,
+    )
     prompts = [request.prompt for request in requests]
 
     init_distributed(device_type=local_device(args).type, peer_timeout=args.peer_timeout)
@@ -401,10 +301,11 @@ def run(args: argparse.Namespace) -> int:
         "modes": dict(comparison.modes),
     }
     if first:
-        print_summary(result)
+        Console().print(summary_table(result))
+        print(parity_line(result), flush=True)
         publish(args, settings, result)
         if args.responses is not None:
-            write_responses(args.responses, requests, comparison, tokenizer)
+            write_responses(args.responses, requests, outputs, tokenizer)
     with peer_guard("final barrier", dist.group.WORLD):
         dist.barrier()
     dist.destroy_process_group()
@@ -424,14 +325,7 @@ def publish(args: argparse.Namespace, settings: SemanticEPConfig, result: dict[s
         wandb=settings.tracking.wandb,
         rank=0,
     ) as tracker:
-        for name, mode in result["modes"].items():
-            metrics = {
-                "lar": float(np.mean(mode["lar"])),
-                "remote_copies": float(np.mean(mode["remote_copies"])),
-                "wire_bytes": wire_bytes(mode),
-                "tokens_per_second": mode["tokens_per_second"],
-            }
-            tracker.log({f"serving/{name}/{key}": value for key, value in metrics.items()})
+        tracker.log(tracked_metrics(result))
 
 
 def main(argv: list[str] | None = None) -> int:

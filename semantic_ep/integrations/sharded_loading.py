@@ -46,11 +46,11 @@ def load_expert_shard(
         PlacementError: The placement is of another shape.
         CheckpointError: The checkpoint is quantised, or does not fit the model class.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     _check(checkpoint, placement)
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-    full = AutoModelForCausalLM._model_mapping[type(config)]
+    full = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with contextlib.ExitStack() as stack:
         state = _lazy_state(checkpoint, placement, rank, stack)
         stack.enter_context(_one_tensor_at_a_time())
