@@ -1,10 +1,19 @@
-"""Packaging: metadata, extras, and the mapping of `patches/` to `semantic_ep.patches`."""
+"""Packaging: metadata, extras, the kernel libraries, `patches/` as `semantic_ep.patches`."""
 
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+KERNELS = Path("semantic_ep", "runtime", "kernels")
 VERSION = next(
     line.split('"')[1]
     for line in (HERE / "semantic_ep" / "__init__.py").read_text().splitlines()
@@ -43,6 +52,66 @@ EXTRAS["dev"] = [
     "ruff>=0.6",
 ]
 
+
+class BuildWithKernels(build_py):
+    """Also compiles the kernel libraries for which this machine has a compiler.
+
+    Not in an editable install: there, as in a wheel without libraries, they are built at first use.
+    """
+
+    def run(self) -> None:
+        """Copy the package, then build into the copy."""
+        super().run()
+        if not self.editable_mode:
+            self._build_kernels(Path(self.build_lib) / KERNELS / "lib")
+
+    def _build_kernels(self, directory: Path) -> None:
+        try:
+            build = _load_build_module()
+        except ImportError as error:
+            self.warn(f"kernel libraries are not built on {sys.platform}: {error}")
+            return
+        outcomes = [build.build_library(flavour, directory) for flavour in ("cuda", "emulator")]
+        for outcome in outcomes:
+            if outcome.path is None:
+                self.warn(f"the {outcome.flavour} kernel library is left out: {outcome.reason}")
+            else:
+                self.announce(f"{outcome.path.name}: {outcome.reason}", level=logging.INFO)
+        # Locks, and libraries that an earlier build made of other sources.
+        for path in set(directory.glob("*")) - {outcome.path for outcome in outcomes}:
+            path.unlink()
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags a wheel `py3-none-<platform>` if it holds a library, else `py3-none-any`."""
+
+    def run(self) -> None:
+        """Build first: only then is it known whether there is a library."""
+        if not self.skip_build:
+            self.run_command("build")
+        build_lib = Path(self.get_finalized_command("build_py").build_lib)
+        if any((build_lib / KERNELS / "lib").glob("*.so")):
+            self.root_is_pure = False
+            # What setuptools asks to tell a package for one platform: it has no name for libraries.
+            self.distribution.has_ext_modules = lambda: True
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Libraries are loaded with ctypes: they know nothing of the interpreter."""
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
+def _load_build_module() -> ModuleType:
+    """`semantic_ep.runtime.kernels.build`, without importing the package and what it needs."""
+    name = "semantic_ep_kernel_build"
+    spec = importlib.util.spec_from_file_location(name, HERE / KERNELS / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclass looks its own module up
+    spec.loader.exec_module(module)
+    return module
+
+
 setup(
     name="semantic_ep",
     version=VERSION,
@@ -58,7 +127,12 @@ setup(
         *(f"semantic_ep.patches.{name}" for name in find_packages("patches")),
     ],
     package_dir={"semantic_ep": "semantic_ep", "semantic_ep.patches": "patches"},
-    package_data={"semantic_ep": ["report/templates/*"], "semantic_ep.patches": ["signatures/*"]},
+    package_data={
+        "semantic_ep": ["report/templates/*"],
+        "semantic_ep.patches": ["signatures/*"],
+        "semantic_ep.runtime.kernels": ["README.md", "csrc/*", "csrc/emu/*"],
+    },
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},
     install_requires=[
         "numpy>=1.26",
         "scipy>=1.11",
