@@ -35,8 +35,12 @@ from semantic_ep.errors import BackendError, ConfigError, SemanticEPError, expla
 from semantic_ep.tracking import Tracker
 
 LATEST = "latest_checkpointed_iteration.txt"
-# The one format of the distributed optimizer that 0.16 and 0.19 write in logical order.
-CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+# The format of the distributed optimizer that 0.16 and 0.19 write in logical order.
+# "mem_efficient" gathers it over gloo, as a CPU must and a GPU can.
+CHECKPOINT_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 
 
 @dataclasses.dataclass(kw_only=True)

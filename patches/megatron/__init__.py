@@ -1,5 +1,5 @@
 """Seams into Megatron-core."""
 
-from semantic_ep.patches.megatron.cpu_gloo import SEAMS
+from semantic_ep.patches.megatron import cpu_gloo, optimizer
 
-__all__ = ["SEAMS"]
+SEAMS = (*cpu_gloo.SEAMS, *optimizer.SEAMS)

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import warnings
 
+import numpy as np
 import torch
 
 VOCAB, SEQUENCE, BATCH, EXPERTS, LAYERS, TOP_K = 96, 16, 3, 8, 2, 2
@@ -70,14 +71,18 @@ def config(**changes):
 
 def model(transformer_config, rows=None):
     """Build a GPT model; `rows` [L, E] are the experts in the slots of each layer."""
-    import numpy as np
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     spec = get_gpt_layer_local_spec(
         num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm"
     )
+    if transformer_config.sequence_parallel:
+        # Megatron's norm without Transformer Engine or Apex refuses sequence parallelism.
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * LAYERS, layer_norm=_Norm)
     if rows is not None:
         from semantic_ep.integrations.megatron.layer import PlacedLayers
         from semantic_ep.integrations.megatron.specs import place_experts
@@ -100,6 +105,11 @@ def model(transformer_config, rows=None):
     )
 
 
+class _Norm(torch.nn.RMSNorm):
+    def __init__(self, config, hidden_size, eps=1e-5):
+        super().__init__(hidden_size, eps)
+
+
 def batch(step, rank):
     """Keyword arguments of one forward pass, other for each step and rank."""
     draw = torch.Generator().manual_seed(100 * step + rank)
@@ -111,16 +121,3 @@ def batch(step, rank):
         "attention_mask": mask,
         "labels": tokens[:, 1:].contiguous(),
     }
-
-
-class CountingSink:
-    """Keeps every call, for a brute-force comparison."""
-
-    def __init__(self):
-        self.calls = []
-
-    def record(self, layer, expert_TK, *, token_id_T=None, mask_T=None):
-        kept = slice(None) if mask_T is None else mask_T
-        self.calls.append(
-            (layer, expert_TK.sort(dim=1).values[kept].tolist(), token_id_T[kept].tolist())
-        )

@@ -133,7 +133,7 @@ class SemanticMoELayer(MoELayer):
                     "that another placement could not load it",
                     where='metadata["distrib_optim_sharding_type"]',
                     got=chosen,
-                    allowed="fully_reshardable, fully_sharded_model_space",
+                    allowed="fully_reshardable",
                     do="Pass --dist-ckpt-optim-fully-reshardable, or set it in the metadata",
                 )
             )

@@ -1,0 +1,296 @@
+"""Megatron-core on two gloo ranks: exact observation, and placements that change no number."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+from tests.distributed import megatron_tiny as tiny
+from tests.distributed.launcher import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+ROWS = np.stack([np.random.default_rng(layer).permutation(tiny.EXPERTS) for layer in range(2)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A model with Megatron's own gradient buffers, optimizer and schedule."""
+
+    model: object
+    optimizer: object
+    schedule: object
+
+    @classmethod
+    def build(cls, config, rows=None, *, distributed_optimizer=False):
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        model = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
+            tiny.model(config, rows),
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=3e-3,
+            weight_decay=0.01,
+            clip_grad=1.0,
+            use_distributed_optimizer=distributed_optimizer,
+        )
+        optimizer = get_megatron_optimizer(settings, [model])
+        return cls(model, optimizer, get_forward_backward_func())
+
+    def step(self, batches):
+        """One optimizer step over micro-batches; returns their losses."""
+
+        def forward(iterator, model):
+            return model(**next(iterator)), lambda loss: (loss.mean(), {"loss": loss.mean().item()})
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self.schedule(
+            forward_step_func=forward,
+            data_iterator=iter(batches),
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=tiny.SEQUENCE,
+            micro_batch_size=tiny.BATCH,
+            forward_only=False,
+        )
+        self.optimizer.step()
+        return [result["loss"] for result in results]
+
+    def state(self, *, loading):
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+        }
+        model = self.model.module.sharded_state_dict(metadata=metadata)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        return {"model": model, "optimizer": optimizer}
+
+    def save(self, directory):
+        from megatron.core import dist_checkpointing
+
+        if dist.get_rank() == 0:
+            directory.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(self.state(loading=False), str(directory))
+        dist.barrier()
+
+    def load(self, directory, *, optimizer=True):
+        from megatron.core import dist_checkpointing
+
+        state = self.state(loading=True)
+        if not optimizer:
+            del state["optimizer"]
+        state = dist_checkpointing.load(state, str(directory))
+        self.model.module.load_state_dict(state["model"])
+        if optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _losses(trainer, rank, steps):
+    return [trainer.step([tiny.batch(step % 2, rank)])[0] for step in steps]
+
+
+def _placed_runs(rank, world_size, directory, dispatcher, distributed_optimizer):
+    tiny.start()
+    settings = {"moe_token_dispatcher_type": dispatcher}
+    build = {"distributed_optimizer": distributed_optimizer}
+    contiguous = Trainer.build(tiny.config(**settings), **build)
+    first = _losses(contiguous, rank, range(3))
+    contiguous.save(directory / "contiguous")
+    straight = first + _losses(contiguous, rank, range(3, 12))
+    placed = Trainer.build(tiny.config(**settings), ROWS, **build)
+    placed.load(directory / "contiguous")
+    second = _losses(placed, rank, range(3, 8))
+    placed.save(directory / "placed")
+    other_rows = Trainer.build(tiny.config(**settings), ROWS[::-1], **build)
+    other_rows.load(directory / "placed")
+    return straight, first + second + _losses(other_rows, rank, range(8, 12))
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_a_run_that_changes_placement_at_checkpoints_has_the_losses_of_a_contiguous_one(
+    tmp_path, dispatcher, distributed_optimizer
+):
+    for straight, moved in run_ranks(_placed_runs, 2, tmp_path, dispatcher, distributed_optimizer):
+        assert straight[-2] < straight[0] - 0.1
+        np.testing.assert_allclose(moved, straight, atol=1e-4)
+
+
+def _save_placed(rank, world_size, directory):
+    tiny.start()
+    trainer = Trainer.build(tiny.config(), ROWS)
+    _losses(trainer, rank, range(3))
+    trainer.save(directory)
+    with torch.no_grad():
+        return trainer.model.eval()(**tiny.batch(9, 0)).mean().item()
+
+
+def _load_on_one_rank(rank, world_size, directory):
+    tiny.start(expert_parallel=1)
+    trainer = Trainer.build(tiny.config())
+    # Megatron names the state of experts otherwise where they are not spread over ranks.
+    trainer.load(directory, optimizer=False)
+    with torch.no_grad():
+        return trainer.model.eval()(**tiny.batch(9, 0)).mean().item()
+
+
+def test_a_placed_checkpoint_loads_contiguously_at_another_expert_parallel_size(tmp_path):
+    placed = run_ranks(_save_placed, 2, tmp_path / "checkpoint")
+    alone = run_ranks(_load_on_one_rank, 1, tmp_path / "checkpoint")
+    assert placed == pytest.approx(2 * alone, abs=1e-5)
+
+
+def _observed_and_expected(rank, world_size, directory, tensor_parallel, recompute, rows):
+    """A profile, and the same counts by a slower way: one pass for each batch, by hand."""
+    from semantic_ep.artifacts import ModelFingerprint
+    from semantic_ep.config import ObserveConfig
+    from semantic_ep.integrations.megatron import RoutingObservation
+
+    tiny.start(tensor_parallel=tensor_parallel)
+    changes = {"recompute_granularity": "full", "recompute_method": "uniform"} if recompute else {}
+    if recompute:
+        changes["recompute_num_layers"] = 1
+    trainer = Trainer.build(tiny.config(**changes), rows)
+    fingerprint = ModelFingerprint(
+        architecture="gpt", layer_ids=(0, 1), num_experts=tiny.EXPERTS, top_k=tiny.TOP_K
+    )
+    observation = RoutingObservation(
+        trainer.model,
+        ObserveConfig(output=str(directory / "profile")),
+        fingerprint=fingerprint,
+        vocab_size=tiny.VOCAB,
+        pad_token_id=0,
+    )
+    chunk = rank if tensor_parallel > 1 else 0
+    expected = torch.zeros(2, tiny.VOCAB, tiny.EXPERTS, dtype=torch.int64)
+    for step in range(2):
+        batches = [tiny.batch(10 * step + i, 0 if tensor_parallel > 1 else rank) for i in range(2)]
+        for each in batches:
+            ids = each["input_ids"].T.chunk(tensor_parallel)[chunk].reshape(-1)
+            for layer, hidden in enumerate(_router_inputs(trainer.model, each)):
+                weight = trainer.model.module.decoder.layers[layer].mlp.router.weight
+                chosen = (hidden.reshape(len(ids), -1) @ weight.T).topk(tiny.TOP_K).indices
+                for token, experts in zip(ids.tolist(), chosen.tolist(), strict=True):
+                    if token != 0:
+                        expected[layer, token, experts] += 1
+        trainer.step(batches)
+        observation.step()
+        _router_inputs(trainer.model, batches[0])  # An evaluation between the steps.
+    dist.all_reduce(expected)
+    profile = observation.save()
+    return expected.numpy(), profile and {
+        "load": profile.load,
+        "tokens": profile.tokens,
+        "token_expert": np.stack([table.toarray() for table in profile.token_expert]),
+        "sequences": len(profile.sequence_load),
+    }
+
+
+def _router_inputs(model, batch):
+    """What each router is given, in evaluation."""
+    seen = []
+    handles = [
+        layer.mlp.router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for layer in model.module.decoder.layers
+    ]
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+    model.train()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "recompute", "rows"),
+    [(1, False, None), (1, True, ROWS), (2, True, None), (2, False, ROWS)],
+)
+def test_a_profile_counts_every_training_token_once_with_its_logical_experts(
+    tmp_path, tensor_parallel, recompute, rows
+):
+    results = run_ranks(_observed_and_expected, 2, tmp_path, tensor_parallel, recompute, rows)
+    expected, profile = results[0]
+    np.testing.assert_array_equal(profile["token_expert"], expected)
+    np.testing.assert_array_equal(profile["load"], expected.sum(axis=1))
+    assert profile["tokens"] * tiny.TOP_K == expected[0].sum()
+    assert profile["sequences"] == (4 * tiny.BATCH * 2)  # Both ranks see a part of each.
+    assert results[1][1] is None
+
+
+def _errors(rank, world_size):
+    from semantic_ep.artifacts import ModelFingerprint
+    from semantic_ep.config import ObserveConfig
+    from semantic_ep.errors import CheckpointError, ConfigError, PlacementError
+    from semantic_ep.integrations.megatron import PlacedLayers, RoutingObservation
+    from semantic_ep.plan.placement import Placement
+
+    tiny.start()
+    messages = []
+
+    def expect(kind, call):
+        with pytest.raises(kind) as caught:
+            call()
+        messages.append(str(caught.value))
+
+    replicated = Placement(
+        physical_to_logical_map=np.array([[0, 1, 2, 3, 4, 5, 6, 7, 0, 1]] * 2),
+        num_experts=8,
+        ep_size=2,
+    )
+    expect(PlacementError, lambda: PlacedLayers(placement=replicated, layer_ids=(0, 1)))
+    narrow = Placement.contiguous(num_layers=2, num_experts=8, ep_size=2)
+    expect(PlacementError, lambda: PlacedLayers(placement=narrow, layer_ids=(0, 1, 2)))
+    expect(ConfigError, lambda: tiny.model(tiny.config(mtp_num_layers=1), ROWS))
+    placed = tiny.model(tiny.config(), ROWS)
+    buffers = {"distrib_optim_sharding_type": "dp_reshardable"}
+    expect(CheckpointError, lambda: placed.sharded_state_dict(metadata=buffers))
+    fingerprint = ModelFingerprint(
+        architecture="gpt", layer_ids=(0, 1), num_experts=tiny.EXPERTS, top_k=tiny.TOP_K
+    )
+
+    def observe(model):
+        return RoutingObservation(
+            model, ObserveConfig(output="x"), fingerprint=fingerprint, vocab_size=tiny.VOCAB
+        )
+
+    graphed = tiny.model(tiny.config(), ROWS)
+    graphed.config.cuda_graph_impl = "local"
+    expect(ConfigError, lambda: observe(graphed))
+    observe(placed)
+    without_ids = {**tiny.batch(0, rank), "input_ids": None}
+    expect(ConfigError, lambda: placed(**without_ids))
+    return messages
+
+
+def test_what_cannot_work_is_refused_with_the_reason():
+    messages = run_ranks(_errors, 2)[0]
+    for message, fragment in zip(
+        messages,
+        [
+            "--redundant-slots 0",
+            "another number of MoE layers",
+            "--mtp-num-layers",
+            "fully_reshardable",
+            "--cuda-graph-impl",
+            "without token ids",
+        ],
+        strict=True,
+    ):
+        assert fragment in message
