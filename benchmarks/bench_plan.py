@@ -47,12 +47,14 @@ class Method:
         policy: Name of the placement policy.
         mode: "tokens" (equal slices of a batch, anew in each layer) or "requests" (whole).
         scheduled: Whether home ranks follow predicted affinity.
+        replicated: Whether spare slots hold copies (`--redundant-slots`).
     """
 
     name: str
     policy: str
     mode: str = "tokens"
     scheduled: bool = False
+    replicated: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +121,7 @@ def methods() -> dict[str, Method]:
         ),
         Method(name="semantic-placement-only", policy="semantic"),
         Method(name="semantic", policy="semantic", scheduled=True),
+        Method(name="semantic+replicas", policy="semantic", scheduled=True, replicated=True),
         Method(name="contiguous-requests", policy="contiguous", mode="requests"),
         Method(
             name="semantic-requests", policy="semantic-requests", mode="requests", scheduled=True
@@ -127,8 +130,10 @@ def methods() -> dict[str, Method]:
     return {method.name: method for method in [*baselines, *rest]}
 
 
-def chosen_methods(names: Sequence[str], *, token_ids: bool) -> list[Method]:
-    """Methods by name; those that need token ids are left out where there are none.
+def chosen_methods(
+    names: Sequence[str], *, token_ids: bool, redundant_slots: int = 0
+) -> list[Method]:
+    """Methods by name; those that need token ids, or spare slots, are left out without them.
 
     Raises:
         ConfigError: A name is unknown.
@@ -151,7 +156,7 @@ def chosen_methods(names: Sequence[str], *, token_ids: bool) -> list[Method]:
     if needing and not token_ids:
         logger.warning("no token ids in this trace: leaving out %s", ", ".join(needing))
         wanted = [name for name in wanted if name not in needing]
-    return [known[name] for name in wanted]
+    return [known[name] for name in wanted if redundant_slots or not known[name].replicated]
 
 
 def _run_traces(args: argparse.Namespace) -> Result:
@@ -160,7 +165,11 @@ def _run_traces(args: argparse.Namespace) -> Result:
     tasks = []
     for path in args.trace:
         trace = read_npz_trace(path, num_experts=args.num_experts)
-        wanted = chosen_methods(args.methods, token_ids=bool((trace.token_id >= 0).any()))
+        wanted = chosen_methods(
+            args.methods,
+            token_ids=bool((trace.token_id >= 0).any()),
+            redundant_slots=args.redundant_slots,
+        )
         for ep_size in args.ep:
             tasks += [(path, method, ep_size, args) for method in wanted]
     # A fresh process for each method: peak_mb is then its own, and nothing stays cached.
@@ -180,10 +189,14 @@ def _measure(task: tuple[Path, Method, int, argparse.Namespace]) -> list[dict[st
     """All seeds of one method on one trace, in a process of its own."""
     from semantic_ep.observe.formats import read_npz_trace
     from semantic_ep.plan.policies import policy
+    from semantic_ep.plan.replicas import WithReplicas
     from semantic_ep.plan.verdict import judge
     from semantic_ep.topology import Topology
 
     path, method, ep_size, args = task
+    chosen = policy(method.policy)
+    if method.replicated:
+        chosen = WithReplicas(policy=chosen, slots_per_rank=args.redundant_slots // ep_size)
     trace = read_npz_trace(path, num_experts=args.num_experts)
     rows = []
     for seed in range(args.seeds):
@@ -193,7 +206,7 @@ def _measure(task: tuple[Path, Method, int, argparse.Namespace]) -> list[dict[st
             judge(
                 profiled,
                 evaluated,
-                policy(method.policy),
+                chosen,
                 ep_size,
                 seed * placements + number,
                 method.mode,
@@ -233,6 +246,7 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
         "split": f"by request, {args.profile_fraction:.0%} profiled, the rest evaluated",
         "seeds": args.seeds,
         "nodes": args.nodes,
+        "redundant_slots": args.redundant_slots,
         "time_limit": args.time_limit,
         "tokens": f"equal slices in every batch of {BATCH_TOKENS} consecutive tokens",
         "requests": f"whole requests, in windows of {WINDOW_REQUESTS}",

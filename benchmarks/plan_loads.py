@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--redundant-slots", type=int, default=0, metavar="N",
-        help="slots beyond one an expert, over all ranks",
+        help="slots beyond one an expert, over all ranks; with traces, for semantic+replicas",
     )  # fmt: skip
 
 
