@@ -40,7 +40,6 @@ from semantic_ep.integrations.deepspeed import (
 )
 from semantic_ep.integrations.deepspeed.inference import init_distributed
 from semantic_ep.integrations.deepspeed.observation import find_routers
-from semantic_ep.integrations.transformers import find_moe_layers
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.tracking import Tracker
 
@@ -58,22 +57,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", dest="config", help="another name of --deepspeed_config")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    train.add_argument("--steps", type=int, default=420, help="optimizer steps")
     train.add_argument("--sequence-length", type=int, default=128)
     train.add_argument(
         "--balance-loss",
         type=float,
         nargs=2,
-        default=(1.0, 0.5),
+        default=(0.1, 0.02),
         metavar=("FIRST", "LAST"),
         help="load-balancing loss: its weight falls linearly between these",
-    )
-    train.add_argument(
-        "--router-lr-scale",
-        type=float,
-        default=0.3,
-        help="learning rate of the routers in relation to the others'; they make the experts "
-        "oscillate when they move as fast",
     )
     train.add_argument("--log-interval", type=int, default=10, help="steps")
     train.add_argument("--save-interval", type=int, default=0, help="steps; 0: at the end")
@@ -151,18 +143,6 @@ def build_model(args: argparse.Namespace, tokenizer: Any) -> Any:
         pad_token_id=tokenizer.pad_token_id,
     )
     return Qwen3MoeForCausalLM(config)
-
-
-def parameter_groups(model: Any, config: dict[str, Any], router_scale: float) -> list[Any]:
-    """Routers and the rest, each with its learning rate."""
-    routers = [model.get_submodule(site.router).weight for site in find_moe_layers(model)]
-    ids = {id(weight) for weight in routers}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    rate = config["optimizer"]["params"]["lr"]
-    return [
-        {"name": "others", "params": others},
-        {"name": "routers", "params": routers, "lr": rate * router_scale},
-    ]
 
 
 def train(engine: Any, args: argparse.Namespace, tracker: Tracker, *, pad: int) -> None:
@@ -326,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
             args,
             model,
             config=config,
-            model_parameters=parameter_groups(model, config, args.router_lr_scale),
+            model_parameters=model.parameters(),
             tokenizer_json=tokenizer.backend_tokenizer.to_str(pretty=True).encode(),
         )
         if dist.get_rank() == 0:
