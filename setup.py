@@ -129,7 +129,7 @@ setup(
     package_dir={"semantic_ep": "semantic_ep", "semantic_ep.patches": "patches"},
     package_data={
         "semantic_ep": ["report/templates/*"],
-        "semantic_ep.patches": ["signatures/*"],
+        "semantic_ep.patches": ["signatures/*", "autoload/*", "README.md"],
         "semantic_ep.runtime.kernels": ["README.md", "csrc/*", "csrc/emu/*"],
     },
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},

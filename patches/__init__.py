@@ -1,7 +1,8 @@
 """Opt-in seams into upstream code, installed as `semantic_ep.patches`.
 
-`semantic_ep.patches.apply("megatron")` in a script of your own, or
-`SEMANTIC_EP_AUTOLOAD=megatron` with `patches/autoload` on `PYTHONPATH` for an unmodified one.
+A script of your own calls `semantic_ep.patches.apply("megatron")`. For an unmodified one, put the
+directory that `semantic-ep patches autoload` prints on `PYTHONPATH` and set
+`SEMANTIC_EP_AUTOLOAD=megatron`.
 """
 
 from semantic_ep.patches.registry import Seam, SeamStatus, apply, check, revert, seams

@@ -1,5 +1,5 @@
-"""Seams into DeepSpeed: none is needed with the supported versions of transformers."""
+"""Seams into DeepSpeed."""
 
-from semantic_ep.patches.registry import Seam
+from semantic_ep.patches.deepspeed.initialize import SEAMS
 
-SEAMS: tuple[Seam, ...] = ()
+__all__ = ["SEAMS"]

@@ -15,6 +15,7 @@ VERBS = {
     "plan": "choose where experts live and where tokens run, judged on held-out routing",
     "apply": "write a checkpoint permuted for engines that know no plan, or undo it",
     "report": "draw the report of a run from its measurements",
+    "patches": "show the seams into upstream code, and check that they fit what is installed",
     "doctor": "show what is installed, what works here, and why the rest does not",
 }
 

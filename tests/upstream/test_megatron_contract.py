@@ -1,0 +1,134 @@
+"""What the Megatron integration and its seams rely on, held against the installed release."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from semantic_ep.patches import registry
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+pytestmark = pytest.mark.upstream
+
+PATCHES = Path(registry.__file__).parent
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="seams for CPU are inactive here")
+
+
+def parameters(target):
+    return set(inspect.signature(target).parameters)
+
+
+def test_every_seam_fits_the_installed_release():
+    for seam in registry.seams("megatron"):
+        status = registry.check(seam)
+        assert not status.failed, f"{seam.name}: {status.detail}"
+
+
+def test_the_recorded_signatures_are_those_of_the_installed_release():
+    version = metadata.version("megatron-core")
+    file = PATCHES / "signatures" / f"megatron-core-{version}.json"
+    if not file.exists():
+        pytest.skip(f"no signatures were recorded for megatron-core {version}")
+    recorded = json.loads(file.read_text())["parameters"]
+    for seam in registry.seams("megatron"):
+        owner, attribute = registry.resolve(seam.target)
+        found = registry.parameter_names(getattr(owner, attribute, None))
+        expected = recorded[seam.target]
+        assert found == (tuple(expected) if isinstance(expected, list) else None), seam.name
+
+
+@pytest.fixture
+def seams():
+    yield registry.apply("megatron")
+    registry.revert("megatron")
+
+
+@cpu_only
+def test_torch_stays_as_it_is_for_everyone_but_megatron(seams):
+    assert "megatron.cpu.zeros" in seams
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.cuda.current_device()
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+@cpu_only
+def test_reverting_leaves_no_wrapper_behind():
+    registry.apply("megatron")
+    registry.revert("megatron")
+    for seam in registry.seams("megatron"):
+        owner, attribute = registry.resolve(seam.target)
+        assert "semantic_ep" not in getattr(getattr(owner, attribute, None), "__module__", "") or ""
+
+
+@cpu_only
+def test_an_unmodified_script_gets_the_seams_when_it_imports_megatron():
+    code = (
+        "import torch, megatron.core\n"
+        "from megatron.core.utils import GlobalMemoryBuffer\n"
+        "print(GlobalMemoryBuffer().get_tensor((2,), torch.float32, 'x').device)"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(PATCHES / "autoload"),
+        "SEMANTIC_EP_AUTOLOAD": "megatron",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "cpu", done.stderr
+
+
+def test_the_moe_layer_has_the_methods_that_the_placed_one_extends():
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    assert {"config", "submodules", "layer_number", "pg_collection"} <= parameters(MoELayer)
+    assert {"hidden_states", "padding_mask"} <= parameters(MoELayer.route)
+    assert list(parameters(MoELayer.set_layer_number) - {"self"}) == ["layer_number"]
+    assert {"prefix", "sharded_offsets", "metadata"} <= parameters(MoELayer.sharded_state_dict)
+
+
+def test_sharded_entries_carry_the_fields_that_are_relabelled():
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedObject,
+        ShardedTensor,
+        ShardedTensorFactory,
+    )
+
+    assert {"key", "global_offset"} <= parameters(ShardedTensor)
+    assert {"key", "global_offset"} <= parameters(ShardedObject)
+    assert {"key", "build_fn"} <= parameters(ShardedTensorFactory)
+
+
+def test_the_layer_spec_describes_its_moe_layer_in_a_form_that_is_understood():
+    import functools
+
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from semantic_ep.integrations.megatron import PlacedLayers, SemanticMoELayer, place_experts
+    from semantic_ep.plan.placement import Placement
+
+    spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False, normalization="RMSNorm")
+    placed = PlacedLayers(
+        placement=Placement.contiguous(num_layers=1, num_experts=4, ep_size=2), layer_ids=(0,)
+    )
+
+    def built(layer):
+        mlp = layer.submodules.mlp
+        return mlp.func if isinstance(mlp, functools.partial) else mlp.module
+
+    assert isinstance(spec, ModuleSpec)
+    assert built(place_experts(spec, placed)) is SemanticMoELayer
+    assert built(spec) is MoELayer
