@@ -1,31 +1,39 @@
-"""The semantic solver: experts and the tokens that want them, clustered together.
+"""The semantic solver: experts and the tokens that want them, on the same rank.
 
-Two steps alternate, each exact for its half. Given which rows (token ids, requests) belong to which
-rank, experts are placed by a linear assignment with exact counts a rank. Given where experts are,
-rows choose ranks under prices that keep the ranks' shares of tokens equal. Whole requests
-(attention-DP) share one clustering over all layers; token schedules (attention-TP) cluster every
-layer by itself.
+Token schedules (attention-TP) plan every layer by itself: co-clustering of sampled tokens from
+several starts, the contiguous and the load-balanced placement among them, then a local search
+under the exact objective (`search`). Whole requests (attention-DP) share one clustering of
+sequences over all layers (`coclustering`). On several nodes, nodes are planned first, then the
+ranks of each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from typing import Literal
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import linear_sum_assignment
 
 from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.plan.baselines.simple import greedy_load_placement
+from semantic_ep.plan.coclustering import choose_ranks, cocluster
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import register
+from semantic_ep.plan.samples import Evidence, LayerSample, sample_layer
+from semantic_ep.plan.search import SwapSearch, saving_by_pairs
 from semantic_ep.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["requests", "tokens"]
 
-# Below this, clusters of sequences are noise.
+# With fewer sequences in a profile, clusters of them would be clusters of accidents.
 MIN_SEQUENCES_PER_RANK = 8
+# Below what users ask for on other requests (1.15), since those differ from the profile.
+LOAD_CAP = 1.06
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +43,15 @@ class SemanticPolicy:
     Attributes:
         mode: What gets a home rank: whole "requests" (one rank for all layers) or "tokens" (one a
             layer).
-        starts: Independent starts; the best by cost wins.
+        starts: Random starts of the co-clustering.
+        steps: Steps of the local search, a layer.
+        evidence: Raw trace and predictor, when there are any; for mode "tokens".
     """
 
     mode: Mode = "tokens"
-    starts: int = 8
+    starts: int = 4
+    steps: int = 800
+    evidence: Evidence | None = None
 
     @property
     def name(self) -> str:
@@ -55,22 +67,157 @@ class SemanticPolicy:
         time_limit: float | None = None,
         topology: Topology | None = None,
     ) -> Placement:
-        """See `PlacementPolicy.place`."""
-        Placement.contiguous(
-            num_layers=1, num_experts=profile.fingerprint.num_experts, ep_size=ep_size
+        """See `PlacementPolicy.place`. Ctrl-C ends the search with the best placement so far."""
+        fingerprint = profile.fingerprint
+        layers = fingerprint.num_layers
+        contiguous = Placement.contiguous(
+            num_layers=layers, num_experts=fingerprint.num_experts, ep_size=ep_size
         )
-        deadline = None if time_limit is None else time.monotonic() + time_limit
-        tables, weight = _rows(profile, self.mode, ep_size)
-        groups = [tables] if self.mode == "requests" else [[table] for table in tables]
-        ranks = [
-            cocluster(group, weight, ep_size, seed=seed, starts=self.starts, deadline=deadline)
-            for group in groups
+        if ep_size == 1:
+            return contiguous
+        started = time.monotonic()
+        if self.mode == "requests":
+            deadline = None if time_limit is None else started + time_limit
+            ranks = self._place_requests(profile, ep_size, seed, deadline)
+            return Placement.from_rank_of_expert(ranks, ep_size=ep_size)
+        ranks = contiguous.rank_of_expert.astype(np.int64)
+        balanced = greedy_load_placement(profile.load, ep_size=ep_size).rank_of_expert
+        try:
+            for layer in range(layers):
+                deadline = None
+                if time_limit is not None:
+                    deadline = started + time_limit * (layer + 1) / layers
+                sample = sample_layer(profile, self.evidence, layer, ep_size=ep_size, seed=seed)
+                known = [ranks[layer], balanced[layer]]
+                ranks[layer] = self._place_layer(
+                    sample, known, fingerprint.top_k, ep_size, (seed, layer), deadline, topology
+                )
+        except KeyboardInterrupt:
+            logger.warning("interrupted: layers from %d on keep contiguous placement", layer)
+        return Placement.from_rank_of_expert(ranks, ep_size=ep_size)
+
+    def _place_layer(
+        self,
+        sample: LayerSample,
+        known: list[np.ndarray],
+        top_k: int,
+        ep_size: int,
+        seed: tuple[int, int],
+        deadline: float | None,
+        topology: Topology | None,
+    ) -> np.ndarray:
+        """[E] ranks for one layer; nodes first where there are several of equal size."""
+        rng = np.random.default_rng(seed)
+        per_node = _equal_nodes(topology, ep_size)
+        if per_node is None:
+            return self._place_flat(sample, known, top_k, ep_size, rng, deadline)
+        nodes = ep_size // per_node
+        on_nodes = [rank_E // per_node for rank_E in known]
+        node_E = self._place_flat(sample, on_nodes, top_k, nodes, rng, deadline)
+        scores = sample.expected_NE @ np.eye(nodes, dtype=np.float32)[node_E]
+        home = choose_ranks(scores, np.ones(len(scores)))
+        rank_E = np.empty(len(node_E), dtype=np.int64)
+        for node in range(nodes):
+            experts = np.flatnonzero(node_E == node)
+            tokens = np.flatnonzero(home == node)
+            part = sample.part(tokens, experts)
+            start = np.arange(len(experts)) * per_node // len(experts)
+            local = self._place_flat(part, [start], top_k, per_node, rng, deadline)
+            rank_E[experts] = node * per_node + local
+        return rank_E
+
+    def _place_flat(
+        self,
+        sample: LayerSample,
+        known: list[np.ndarray],
+        top_k: int,
+        ep_size: int,
+        rng: np.random.Generator,
+        deadline: float | None,
+    ) -> np.ndarray:
+        """[E] ranks: the best of the known placements and our own starts, improved by swaps."""
+        experts = len(sample.load_E)
+        if experts == ep_size or len(sample.expected_NE) < 2 * ep_size:
+            return known[0]
+        starts = list(known)
+        rows = [sparse.csr_array(np.maximum(sample.expected_NE, 0))]
+        weight = np.ones(len(sample.expected_NE))
+        for _ in range(self.starts):
+            ranks, _ = cocluster(
+                rows,
+                weight,
+                ep_size,
+                rng=rng,
+                pairs_LEE=sample.pairs_EE[None] / top_k,
+                load_cap=LOAD_CAP,
+                deadline=deadline,
+            )
+            starts.append(ranks[0])
+            if deadline is not None and time.monotonic() > deadline:
+                break
+        search = SwapSearch(
+            sample.expected_NE,
+            sample.active_NE,
+            sample.load_E,
+            ep_size=ep_size,
+            top_k=top_k,
+            batches=sample.batches,
+            load_cap=LOAD_CAP,
+            pairs_EE=sample.pairs_EE if sample.active_NE is None else None,
+        )
+        search.start(max(starts, key=search.start))
+        return search.run(rng, steps=self.steps, deadline=deadline)[0]
+
+    def _place_requests(
+        self, profile: RoutingProfile, ep_size: int, seed: int, deadline: float | None
+    ) -> np.ndarray:
+        """[L, E] ranks from one clustering of sequences over all layers."""
+        fingerprint = profile.fingerprint
+        layers, experts, top_k = (
+            fingerprint.num_layers,
+            fingerprint.num_experts,
+            fingerprint.top_k,
+        )
+        tables, weight = _request_rows(profile, ep_size)
+        pairs = [
+            saving_by_pairs(together, tokens=profile.tokens, top_k=top_k, ep_size=ep_size) / top_k
+            for together in profile.coactivation
         ]
-        return Placement.from_rank_of_expert(np.concatenate(ranks), ep_size=ep_size)
+        contiguous = np.tile(np.arange(experts) * ep_size // experts, (layers, 1))
+        rng = np.random.default_rng(seed)
+        best, best_value = contiguous, -np.inf
+        try:
+            for start in range(self.starts + 1):
+                ranks, value = cocluster(
+                    tables,
+                    weight,
+                    ep_size,
+                    rng=rng,
+                    pairs_LEE=np.stack(pairs),
+                    load_cap=LOAD_CAP,
+                    first=contiguous if start == 0 else None,
+                    deadline=deadline,
+                )
+                if value > best_value:
+                    best, best_value = ranks, value
+                if deadline is not None and time.monotonic() > deadline:
+                    break
+        except KeyboardInterrupt:
+            logger.warning("interrupted: keeping the best clustering so far")
+        return best
 
 
-def _rows(
-    profile: RoutingProfile, mode: Mode, ep_size: int
+def _equal_nodes(topology: Topology | None, ep_size: int) -> int | None:
+    """Ranks a node when there are several nodes with equally many adjacent ranks, else None."""
+    if topology is None or topology.num_nodes == 1 or topology.num_nodes == ep_size:
+        return None
+    per_node = ep_size // topology.num_nodes
+    adjacent = np.arange(ep_size) // per_node
+    return per_node if np.array_equal(topology.nodes, adjacent) else None
+
+
+def _request_rows(
+    profile: RoutingProfile, ep_size: int
 ) -> tuple[list[sparse.csr_array], np.ndarray]:
     """What is clustered: L arrays [N, E] of activations, and [N] tokens in each row.
 
@@ -78,92 +225,13 @@ def _rows(
     Token ids stand in for sequences where the profile has sampled too few of them.
     """
     sequences = profile.sequence_load
-    if mode == "requests" and len(sequences) >= MIN_SEQUENCES_PER_RANK * ep_size:
+    if len(sequences) >= MIN_SEQUENCES_PER_RANK * ep_size:
+        sequences = sequences[sequences[:, 0].sum(axis=1) > 0]
         tables = [sparse.csr_array(sequences[:, layer]) for layer in range(sequences.shape[1])]
         return tables, sequences[:, 0].sum(axis=1) / profile.fingerprint.top_k
     seen = np.flatnonzero(profile.token_count > 0)
     tables = [sparse.csr_array(table[seen]) for table in profile.token_expert]
     return tables, profile.token_count[seen]
-
-
-def cocluster(
-    tables: list[sparse.csr_array],
-    weight: np.ndarray,
-    ep_size: int,
-    *,
-    seed: int,
-    starts: int,
-    deadline: float | None = None,
-    iterations: int = 30,
-) -> np.ndarray:
-    """Cluster rows and the experts of all tables together.
-
-    Args:
-        tables: L arrays [N, E], activations of each expert by each row.
-        weight: [N] tokens in each row.
-        ep_size: Clusters (G).
-        seed: Seed of the starts.
-        starts: Number of starts.
-        deadline: `time.monotonic()` after which the best so far is returned.
-        iterations: Bound on alternations.
-
-    Returns:
-        [L, E] rank of each expert, E / G on each rank in each layer.
-    """
-    rng = np.random.default_rng(seed)
-    stacked = sparse.csr_array(sparse.hstack(tables))
-    best, best_value = None, -np.inf
-    for _ in range(starts):
-        rank_N = rng.integers(ep_size, size=len(weight))
-        value = -np.inf
-        for _ in range(iterations):
-            member = sparse.csr_array(
-                (np.ones(len(weight)), (rank_N, np.arange(len(weight)))),
-                shape=(ep_size, len(weight)),
-            )
-            gain = (member @ stacked).toarray().reshape(ep_size, len(tables), -1)
-            rank_LE = np.stack([place_experts(gain[:, layer]) for layer in range(len(tables))])
-            onehot = np.eye(ep_size)[rank_LE.ravel()]
-            scores = stacked @ onehot
-            rank_N = choose_ranks(scores / weight[:, None], weight)
-            reached = float(scores[np.arange(len(weight)), rank_N].sum())
-            if reached <= value * (1 + 1e-4):
-                break
-            value = reached
-            if deadline is not None and time.monotonic() > deadline:
-                break
-        if value > best_value:
-            best, best_value = rank_LE, value
-        if deadline is not None and time.monotonic() > deadline:
-            break
-    assert best is not None
-    return best
-
-
-def place_experts(gain_GE: np.ndarray) -> np.ndarray:
-    """[E] rank of each expert maximising the total gain, with exactly E / G on each rank."""
-    ranks, experts = gain_GE.shape
-    slots = experts // ranks
-    rows, columns = linear_sum_assignment(-np.repeat(gain_GE, slots, axis=0))
-    rank_E = np.empty(experts, dtype=np.int64)
-    rank_E[columns] = rows // slots
-    return rank_E
-
-
-def choose_ranks(scores: np.ndarray, weight: np.ndarray, *, sweeps: int = 6) -> np.ndarray:
-    """[N] rank of each row of best score under prices that give ranks equal weight."""
-    rows, ranks = scores.shape
-    price = np.zeros(ranks)
-    share = weight.sum() * (1 - 1 / ranks)
-    for _ in range(sweeps):
-        for rank in range(ranks):
-            net = scores - price
-            net[:, rank] = -np.inf
-            margin = scores[:, rank] - net.max(axis=1)
-            order = np.argsort(margin, kind="stable")
-            cut = int(np.searchsorted(np.cumsum(weight[order]), share))
-            price[rank] = margin[order[min(cut, rows - 1)]]
-    return np.asarray((scores - price).argmax(axis=1))
 
 
 register(SemanticPolicy(mode="tokens"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import time
 from collections.abc import Mapping
@@ -14,13 +15,14 @@ from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.cost import RoutingCost, evaluate
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import PlacementPolicy
+from semantic_ep.plan.predictors import Predictor, TablePredictor, context_of
 from semantic_ep.plan.requests import assign_in_windows
-from semantic_ep.plan.schedule import Schedule, rank_shares
+from semantic_ep.plan.samples import BATCH_TOKENS, Evidence
+from semantic_ep.plan.schedule import Schedule
 from semantic_ep.plan.slices import natural_slices, slices_in_batches
 from semantic_ep.plan.solver import Mode, SemanticPolicy
 from semantic_ep.topology import Topology
 
-BATCH_TOKENS = 512
 WINDOW_REQUESTS = 64
 # Below this share of the copies, a saving drowns in what else varies between runs.
 WORTHWHILE_SHARE = 0.05
@@ -60,14 +62,22 @@ def judge(
     """
     vocab = int(max(trace_profile.token_id.max(initial=0), trace_eval.token_id.max(initial=0))) + 1
     profile = RoutingProfile.from_trace(trace_profile, vocab_size=vocab)
+    if scheduled is None:
+        scheduled = isinstance(policy, SemanticPolicy)
     started = time.perf_counter()
+    predictor: Predictor | None = None
+    if scheduled and mode == "tokens":
+        evidence = Evidence.gather(trace_profile, profile, ep_size=ep_size, seed=seed)
+        predictor = evidence.predictor
+        if isinstance(policy, SemanticPolicy):
+            policy = dataclasses.replace(policy, evidence=evidence)
     placement = policy.place(
         profile, ep_size=ep_size, seed=seed, time_limit=time_limit, topology=topology
     )
     seconds = time.perf_counter() - started
-    if scheduled is None:
-        scheduled = isinstance(policy, SemanticPolicy)
-    home = home_ranks(trace_eval, placement, profile if scheduled else None, mode)
+    home = home_ranks(
+        trace_eval, placement, profile if scheduled else None, mode, predictor=predictor
+    )
     cost = evaluate(placement, trace_eval, home, topology=topology)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return [{**row, "solve_seconds": seconds, "peak_mb": peak_mb} for row in rows_of_cost(cost)]
@@ -84,15 +94,22 @@ def rows_of_cost(cost: RoutingCost) -> list[dict[str, Any]]:
 
 
 def home_ranks(
-    trace: RoutingTrace, placement: Placement, profile: RoutingProfile | None, mode: Mode
+    trace: RoutingTrace,
+    placement: Placement,
+    profile: RoutingProfile | None,
+    mode: Mode,
+    *,
+    predictor: Predictor | None = None,
 ) -> np.ndarray:
     """Home rank of each token as a runtime would choose it, blind to the true routes.
 
     Args:
-        trace: Tokens to schedule; only ids and request bounds are looked at.
+        trace: Tokens to schedule; ids and request bounds are looked at and, by a predictor with
+            history, the experts of earlier layers.
         placement: Where experts live.
         profile: What the schedule may know; None for a schedule that ignores affinity.
         mode: See `judge`.
+        predictor: Scores ranks for tokens; None means the profile's token table.
 
     Returns:
         [N] for mode "requests" and for slices in order, else [N, L].
@@ -108,11 +125,10 @@ def home_ranks(
         return np.asarray(rank_R[trace.request_of_token])
     if profile is None:
         return natural_slices(trace.num_tokens, placement.ep_size, batch=BATCH_TOKENS)
+    predictor = predictor or TablePredictor(profile=profile)
     homes = []
     for layer in range(placement.num_layers):
-        share, prior = rank_shares(profile, placement, layer)
-        known = (trace.token_id >= 0) & (trace.token_id < len(share))
-        scores = np.where(known[:, None], share[np.where(known, trace.token_id, 0)], prior)
+        scores = predictor.rank_scores(context_of(trace, layer), placement)
         homes.append(slices_in_batches(scores, batch=BATCH_TOKENS))
     return np.stack(homes, axis=1)
 

@@ -1,0 +1,152 @@
+"""Alternating co-clustering: rows choose ranks, experts follow, each step exact for its half.
+
+Rows are sequences, token ids or sampled tokens. One assignment of rows may rule many layers (whole
+requests: the clusters of all layers then share one numbering) or a single one.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from scipy import sparse
+
+from semantic_ep.plan.assignment import assign_experts
+
+LOAD_PENALTY = 2.0
+
+
+def cocluster(
+    tables: list[sparse.csr_array],
+    weight: np.ndarray,
+    ep_size: int,
+    *,
+    rng: np.random.Generator,
+    pairs_LEE: np.ndarray,
+    load_cap: float,
+    first: np.ndarray | None = None,
+    deadline: float | None = None,
+    iterations: int = 30,
+) -> tuple[np.ndarray, float]:
+    """Cluster rows and the experts of all tables together, from one start.
+
+    Args:
+        tables: L arrays [N, E], activations of each expert by each row.
+        weight: [N] tokens in each row, positive.
+        ep_size: Clusters (G).
+        rng: Draws the start.
+        pairs_LEE: [L, E, E] share of activations saved from travelling twice to one rank when
+            two experts share it (see `search.saving_by_pairs`, over K).
+        load_cap: Expert load a rank, over the mean, from which a penalty counts.
+        first: [L, E] placement to start from; random rows without.
+        deadline: `time.monotonic()` after which no further alternation begins.
+        iterations: Bound on alternations.
+
+    Returns:
+        [L, E] rank of each expert, E / G on each rank in each layer, and the value reached: local
+        share of activations plus share saved by pairs less the load penalty.
+    """
+    layers, rows = len(tables), len(weight)
+    stacked = sparse.csr_array(sparse.hstack(tables))
+    total = float(stacked.sum()) or 1.0
+    load_LE = np.asarray(stacked.sum(axis=0)).reshape(layers, -1)
+    load_LE = load_LE * (ep_size / np.maximum(load_LE.sum(axis=1, keepdims=True), 1e-12))
+    rank_N = rng.integers(ep_size, size=rows)
+    if first is not None:
+        rank_N = choose_ranks(_on_ranks(stacked, first, ep_size) / weight[:, None], weight)
+    best, best_value = first, -np.inf
+    for _ in range(iterations):
+        member = sparse.csr_array((np.ones(rows), (rank_N, np.arange(rows))), (ep_size, rows))
+        gain_LGE = (member @ stacked).toarray().reshape(ep_size, layers, -1).swapaxes(0, 1)
+        gain_LGE = gain_LGE * (layers / total)
+        rank_LE = np.empty(load_LE.shape, dtype=np.int64)
+        value = 0.0
+        for layer in range(layers):
+            rank_LE[layer], reached = place_experts(
+                gain_LGE[layer], pairs_LEE[layer], load_LE[layer], load_cap=load_cap
+            )
+            value += reached / layers
+        rank_N = choose_ranks(_on_ranks(stacked, rank_LE, ep_size) / weight[:, None], weight)
+        if value <= best_value + 1e-5:
+            break
+        best, best_value = rank_LE, value
+        if deadline is not None and time.monotonic() > deadline:
+            break
+    assert best is not None
+    return best, best_value
+
+
+def place_experts(
+    gain_GE: np.ndarray, pairs_EE: np.ndarray, load_E: np.ndarray, *, load_cap: float
+) -> tuple[np.ndarray, float]:
+    """Place experts for given rows: linear assignment, then best swaps for pairs and load.
+
+    Args:
+        gain_GE: [G, E] share of activations that become local with an expert on a rank.
+        pairs_EE: [E, E] share saved when two experts share a rank, symmetric.
+        load_E: [E] load of an expert over the mean load of a rank.
+        load_cap: Load of a rank from which the penalty counts.
+
+    Returns:
+        [E] ranks, E / G on each, and their value.
+    """
+    ranks, experts = gain_GE.shape
+    pairs = pairs_EE - np.diag(np.diag(pairs_EE))
+    rank_E = assign_experts(gain_GE)
+    index = np.arange(experts)
+    onto = np.eye(ranks)[rank_E]
+    near_EG = pairs @ onto
+    rank_load = load_E @ onto
+    for _ in range(4 * experts):
+        value_EG = gain_GE.T + near_EG
+        stay = value_EG[index, rank_E]
+        there = value_EG[:, rank_E]
+        change = there + there.T - stay[:, None] - stay - 2 * pairs
+        moved = load_E - load_E[:, None]
+        after = _excess(rank_load[rank_E][:, None] + moved, load_cap)
+        now = _excess(rank_load, load_cap)[rank_E]
+        change -= LOAD_PENALTY / ranks * (after + after.T - now[:, None] - now)
+        change[rank_E[:, None] == rank_E] = 0.0
+        one, other = np.unravel_index(int(np.argmax(change)), change.shape)
+        if change[one, other] <= 1e-9:
+            break
+        here, away = rank_E[one], rank_E[other]
+        near_EG[:, here] += pairs[:, other] - pairs[:, one]
+        near_EG[:, away] += pairs[:, one] - pairs[:, other]
+        rank_load[here] += load_E[other] - load_E[one]
+        rank_load[away] += load_E[one] - load_E[other]
+        rank_E[one], rank_E[other] = away, here
+    local = float(gain_GE[rank_E, index].sum())
+    saved = float(near_EG[index, rank_E].sum()) / 2
+    return rank_E, local + saved - LOAD_PENALTY / ranks * float(_excess(rank_load, load_cap).sum())
+
+
+def choose_ranks(scores: np.ndarray, weight: np.ndarray, *, sweeps: int = 4) -> np.ndarray:
+    """[N] rank of each row of best score, under prices that give ranks equal weight.
+
+    Args:
+        scores: [N, G] gain of a row on a rank, a unit of weight.
+        weight: [N] tokens in each row.
+        sweeps: Passes of coordinate ascent on the prices.
+    """
+    rows, ranks = scores.shape
+    price = np.zeros(ranks)
+    share = weight.sum() * (1 - 1 / ranks)
+    for _ in range(sweeps):
+        for rank in range(ranks):
+            net = scores - price
+            net[:, rank] = -np.inf
+            margin = scores[:, rank] - net.max(axis=1)
+            order = np.argsort(margin, kind="stable")
+            cut = int(np.searchsorted(np.cumsum(weight[order]), share))
+            price[rank] = margin[order[min(cut, rows - 1)]]
+    return np.asarray((scores - price).argmax(axis=1))
+
+
+def _on_ranks(stacked: sparse.csr_array, rank_LE: np.ndarray, ep_size: int) -> np.ndarray:
+    """[N, G] activations of each row on each rank."""
+    return np.asarray(stacked @ np.eye(ep_size)[rank_LE.ravel()])
+
+
+def _excess(load: np.ndarray, cap: float) -> np.ndarray:
+    return np.maximum(load - cap, 0.0)

@@ -1,0 +1,277 @@
+"""Predictors: which experts a token will activate in a layer, before its router says so.
+
+Known at that moment are the token id and the experts that the token used in earlier layers. One
+linear model a layer, fitted by ridge regression, maps
+
+    [table, table * log(1 + n), log(1 + n), 1, experts of the previous layers as multi-hot vectors]
+
+to expected activations. `table` is the token id's share of activations in the profile, shrunk
+towards the layer's popularity, and n its occurrences: the products let the model trust a table
+more the more often its token was seen. In training the table leaves out the occurrence at hand;
+otherwise ids seen once would look perfectly predictable.
+
+Linear on purpose: for a given placement the model folds to one score table a token id and one a
+previous expert (`fold`), a handful of gathers at run time. A two-layer perceptron on the same
+features gains half a point of local activation rate on the traces we have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+from scipy import sparse
+
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.traces import RoutingTrace
+from semantic_ep.plan.placement import Placement
+from semantic_ep.plan.slices import slices_in_batches
+
+# Occurrences' worth of popularity mixed into each table row; the ridge corrects the rest.
+_PRIOR_OCCURRENCES = 1.0
+_RIDGE = 10.0
+_MAX_FIT_TOKENS = 32768
+DEPTHS = (0, 1, 4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What is known of T tokens when they reach a layer.
+
+    Attributes:
+        layer: The layer.
+        token_id: [T] int, -1 where unknown.
+        history: [T, layer, K] int, experts used in all earlier layers.
+    """
+
+    layer: int
+    token_id: np.ndarray
+    history: np.ndarray
+
+
+class Predictor(Protocol):
+    """Scores ranks for tokens of unknown route."""
+
+    @property
+    def name(self) -> str:
+        """Its name in tables."""
+        ...
+
+    def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
+        """[T, G] expected activations of each token on each rank."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TablePredictor:
+    """The token table alone: needs nothing but a profile.
+
+    Attributes:
+        profile: Counts that the table is made from.
+    """
+
+    profile: RoutingProfile
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return "token table"
+
+    def expert_scores(self, context: Context) -> np.ndarray:
+        """[T, E] float32, expected activations."""
+        table, _ = _table_rows(self.profile, context.layer, context.token_id)
+        return table
+
+    def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
+        """See `Predictor.rank_scores`."""
+        return _on_ranks(self.expert_scores(context), placement, context.layer)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RidgePredictor:
+    """Token table and previous layers' experts, weighted by ridge regression.
+
+    Attributes:
+        profile: Counts that the table is made from.
+        token_weight: [L, 2 * E + 2, E] float32.
+        history_weight: [L, depth, E, E] float32; [l, d] weighs the experts of layer l - 1 - d.
+    """
+
+    profile: RoutingProfile
+    token_weight: np.ndarray
+    history_weight: np.ndarray
+
+    @property
+    def depth(self) -> int:
+        """Previous layers looked at."""
+        return int(self.history_weight.shape[1])
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return f"ridge over token table and {self.depth} previous layers"
+
+    def expert_scores(self, context: Context) -> np.ndarray:
+        """[T, E] float32, expected activations."""
+        table, count = _table_rows(self.profile, context.layer, context.token_id)
+        return self._apply(context, table, count)
+
+    def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
+        """See `Predictor.rank_scores`."""
+        return _on_ranks(self.expert_scores(context), placement, context.layer)
+
+    def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
+        """[T, E] float32, expected activations of tokens that are in the profile themselves.
+
+        Args:
+            trace: The trace that the profile was counted from.
+            layer: The layer.
+            rows: [T] tokens of the trace.
+        """
+        context = context_of(trace, layer, rows)
+        table, count = _left_out_rows(self.profile, trace, layer, rows)
+        return self._apply(context, table, count)
+
+    def _apply(self, context: Context, table: np.ndarray, count: np.ndarray) -> np.ndarray:
+        layer = context.layer
+        scores = _token_features(table, count) @ self.token_weight[layer]
+        for back in range(min(self.depth, layer)):
+            used = context.history[:, layer - 1 - back]
+            scores += multihot(used, scores.shape[1]) @ self.history_weight[layer, back]
+        return np.asarray(scores)
+
+    @classmethod
+    def fit(cls, trace: RoutingTrace, profile: RoutingProfile, *, depth: int) -> RidgePredictor:
+        """Fit on a trace and the profile counted from it.
+
+        Args:
+            trace: Tokens to learn from; at most 32,768 are used, spread evenly.
+            profile: `RoutingProfile.from_trace` of the same trace.
+            depth: Previous layers to look at.
+        """
+        layers, experts = profile.fingerprint.num_layers, profile.fingerprint.num_experts
+        rows = np.unique(
+            np.linspace(0, trace.num_tokens - 1, min(trace.num_tokens, _MAX_FIT_TOKENS)).astype(int)
+        )
+        fixed = 2 * experts + 2
+        token_weight = np.zeros((layers, fixed, experts), dtype=np.float32)
+        history_weight = np.zeros((layers, depth, experts, experts), dtype=np.float32)
+        hot = [multihot(trace.experts[rows, layer], experts) for layer in range(min(depth, layers))]
+        for layer in range(layers):
+            table, count = _left_out_rows(profile, trace, layer, rows)
+            used = [hot[(layer - 1 - back) % depth] for back in range(min(depth, layer))]
+            target = multihot(trace.experts[rows, layer], experts)
+            features = np.hstack([_token_features(table, count), *used])
+            normal = (features.T @ features).astype(np.float64)
+            normal[np.diag_indices(len(normal))] += _RIDGE
+            weight = np.linalg.solve(normal, features.T @ target).astype(np.float32)
+            token_weight[layer] = weight[:fixed]
+            history_weight[layer, : len(used)] = weight[fixed:].reshape(-1, experts, experts)
+            if depth:
+                hot[layer % depth] = target
+        return cls(profile=profile, token_weight=token_weight, history_weight=history_weight)
+
+
+def choose_predictor(
+    trace: RoutingTrace, profile: RoutingProfile, *, ep_size: int, batch: int, seed: int = 0
+) -> TablePredictor | RidgePredictor:
+    """Fit the predictor that keeps most activations local on requests left out of the fit.
+
+    A quarter of the requests judges candidates fitted on the rest, under contiguous placement, so
+    that the choice does not depend on the placement it will serve. The winner is then fitted on
+    all of them.
+
+    Args:
+        trace: The profile's part of the trace; other requests are not looked at.
+        profile: `RoutingProfile.from_trace` of it.
+        ep_size: EP ranks (G).
+        batch: Tokens in a batch.
+        seed: Seed of the split.
+    """
+    table = TablePredictor(profile=profile)
+    if trace.num_requests < 8 or trace.num_tokens < 4 * batch:
+        return table
+    fitted_on, judged_on = trace.split(0.75, seed=seed)
+    part = RoutingProfile.from_trace(fitted_on, vocab_size=profile.vocab_size, max_sequences=0)
+    fingerprint = profile.fingerprint
+    placement = Placement.contiguous(
+        num_layers=fingerprint.num_layers, num_experts=fingerprint.num_experts, ep_size=ep_size
+    )
+    layers = np.unique(np.linspace(0, fingerprint.num_layers - 1, 4).astype(int))
+    candidates: list[TablePredictor | RidgePredictor] = [TablePredictor(profile=part)]
+    candidates += [RidgePredictor.fit(fitted_on, part, depth=depth) for depth in DEPTHS]
+    rates = [
+        np.mean([_held_out_rate(one, judged_on, placement, layer, batch) for layer in layers])
+        for one in candidates
+    ]
+    best = candidates[int(np.argmax(rates))]
+    if isinstance(best, TablePredictor):
+        return table
+    return RidgePredictor.fit(trace, profile, depth=best.depth)
+
+
+def context_of(trace: RoutingTrace, layer: int, rows: np.ndarray | slice = slice(None)) -> Context:
+    """Return what is known of a trace's tokens when they reach a layer."""
+    return Context(layer=layer, token_id=trace.token_id[rows], history=trace.experts[rows, :layer])
+
+
+def multihot(expert_TK: np.ndarray, num_experts: int) -> np.ndarray:
+    """[T, E] float32, 1 where a token activates an expert."""
+    hot = np.zeros((len(expert_TK), num_experts), dtype=np.float32)
+    hot[np.arange(len(expert_TK))[:, None], expert_TK] = 1
+    return hot
+
+
+def _held_out_rate(
+    predictor: Predictor, trace: RoutingTrace, placement: Placement, layer: int, batch: int
+) -> float:
+    scores = predictor.rank_scores(context_of(trace, layer), placement)
+    home = slices_in_batches(scores, batch=batch)
+    return float((placement.rank_of_expert[layer][trace.experts[:, layer]] == home[:, None]).mean())
+
+
+def _on_ranks(scores_TE: np.ndarray, placement: Placement, layer: int) -> np.ndarray:
+    return np.asarray(scores_TE @ placement.expert_on_rank[layer].astype(np.float32))
+
+
+def _token_features(table: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """[T, 2 * E + 2] float32."""
+    trust = np.log1p(count)[:, None]
+    return np.hstack([table, table * trust, trust, np.ones_like(trust)]).astype(np.float32)
+
+
+def _table_rows(
+    profile: RoutingProfile, layer: int, token_id: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """[T, E] expected activations by token id, and [T] occurrences of the id in the profile."""
+    known = (token_id >= 0) & (token_id < profile.vocab_size)
+    ids = np.where(known, token_id, 0)
+    counts = profile.token_expert[layer]
+    rows = sparse.csr_array(counts[ids]).toarray() * known[:, None]
+    return _shrunk(profile, layer, rows)
+
+
+def _left_out_rows(
+    profile: RoutingProfile, trace: RoutingTrace, layer: int, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_table_rows`, as if each occurrence had not been counted."""
+    token_id = trace.token_id[rows]
+    experts = profile.fingerprint.num_experts
+    ids = np.where(token_id >= 0, token_id, 0)
+    counts = sparse.csr_array(profile.token_expert[layer][ids]).toarray()
+    own = multihot(trace.experts[rows, layer], experts)
+    counts = np.maximum(counts - own, 0) * (token_id >= 0)[:, None]
+    return _shrunk(profile, layer, counts)
+
+
+def _shrunk(
+    profile: RoutingProfile, layer: int, counts_TE: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    load = profile.load[layer]
+    top_k = profile.fingerprint.top_k
+    prior = (load * top_k / max(float(load.sum()), 1e-12)).astype(np.float32)
+    occurrences = counts_TE.sum(axis=1) / top_k
+    weight = (occurrences + _PRIOR_OCCURRENCES)[:, None]
+    table = (counts_TE + _PRIOR_OCCURRENCES * prior) / weight
+    return table.astype(np.float32), occurrences.astype(np.float32)

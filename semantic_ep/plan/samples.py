@@ -1,0 +1,142 @@
+"""What the solver looks at in one layer: sampled tokens and their expected activations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from scipy import sparse
+
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.traces import RoutingTrace
+from semantic_ep.plan.predictors import (
+    RidgePredictor,
+    TablePredictor,
+    choose_predictor,
+    context_of,
+    multihot,
+)
+from semantic_ep.plan.search import saving_by_pairs
+
+BATCH_TOKENS = 512
+_TOKENS = 2048
+_MAX_BATCHES = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A raw trace beside the profile counted from it, and the predictor chosen on it.
+
+    With it the solver sees whole batches, true co-activation and earlier layers' experts; without
+    it, only token ids and pair counts.
+    """
+
+    trace: RoutingTrace
+    predictor: TablePredictor | RidgePredictor
+
+    @classmethod
+    def gather(
+        cls, trace: RoutingTrace, profile: RoutingProfile, *, ep_size: int, seed: int
+    ) -> Evidence:
+        """Choose and fit a predictor on the trace."""
+        predictor = choose_predictor(trace, profile, ep_size=ep_size, batch=BATCH_TOKENS, seed=seed)
+        return cls(trace=trace, predictor=predictor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSample:
+    """N sampled tokens of one layer; the arguments of `SwapSearch`.
+
+    Attributes:
+        expected_NE: Expected activations.
+        active_NE: Whether a token does activate an expert, or None.
+        pairs_EE: See `saving_by_pairs`.
+        load_E: Activations of each expert in the profile.
+        batches: Batches of equal size that the N tokens come from, adjacent.
+    """
+
+    expected_NE: np.ndarray
+    active_NE: np.ndarray | None
+    pairs_EE: np.ndarray
+    load_E: np.ndarray
+    batches: int
+
+    def part(self, tokens: np.ndarray, experts: np.ndarray) -> LayerSample:
+        """Return the sample of some tokens and experts: one node's problem."""
+        active = None if self.active_NE is None else self.active_NE[np.ix_(tokens, experts)]
+        return LayerSample(
+            expected_NE=self.expected_NE[np.ix_(tokens, experts)],
+            active_NE=active,
+            pairs_EE=self.pairs_EE[np.ix_(experts, experts)],
+            load_E=self.load_E[experts],
+            batches=1,
+        )
+
+
+def sample_layer(
+    profile: RoutingProfile,
+    evidence: Evidence | None,
+    layer: int,
+    *,
+    ep_size: int,
+    seed: int,
+    tokens: int = _TOKENS,
+) -> LayerSample:
+    """Draw a layer's sample: whole batches thinned evenly, or token ids by frequency."""
+    rng = np.random.default_rng((seed, layer))
+    fingerprint = profile.fingerprint
+    top_k = fingerprint.top_k
+    pairs = saving_by_pairs(
+        profile.coactivation[layer], tokens=profile.tokens, top_k=top_k, ep_size=ep_size
+    )
+    if evidence is None or evidence.trace.num_tokens < 2 * BATCH_TOKENS:
+        frequency = np.asarray(profile.token_expert[layer].sum(axis=1)).ravel()
+        if not frequency.any():
+            return _blind_sample(profile, layer, pairs)
+        ids = rng.choice(len(frequency), size=tokens, p=frequency / frequency.sum())
+        counts = sparse.csr_array(profile.token_expert[layer][ids]).toarray()
+        prior = profile.load[layer] * top_k / profile.load[layer].sum()
+        expected = top_k * (counts + prior) / (counts.sum(axis=1) + top_k)[:, None]
+        active, batches = None, 1
+    else:
+        rows, batches = _thinned_batches(evidence.trace.num_tokens, rng, tokens=tokens)
+        predictor = evidence.predictor
+        if isinstance(predictor, RidgePredictor):
+            expected = predictor.training_scores(evidence.trace, layer, rows)
+        else:
+            expected = predictor.expert_scores(context_of(evidence.trace, layer, rows))
+        active = multihot(evidence.trace.experts[rows, layer], fingerprint.num_experts) > 0
+    return LayerSample(
+        expected_NE=np.asarray(expected, dtype=np.float32),
+        active_NE=active,
+        pairs_EE=pairs,
+        load_E=profile.load[layer],
+        batches=batches,
+    )
+
+
+def _blind_sample(profile: RoutingProfile, layer: int, pairs: np.ndarray) -> LayerSample:
+    """No token ids: every token looks alike, and only pairs and load can be planned for."""
+    load = profile.load[layer]
+    expected = np.tile(load * profile.fingerprint.top_k / max(float(load.sum()), 1e-12), (64, 1))
+    return LayerSample(
+        expected_NE=expected.astype(np.float32),
+        active_NE=None,
+        pairs_EE=pairs,
+        load_E=load,
+        batches=1,
+    )
+
+
+def _thinned_batches(
+    available: int, rng: np.random.Generator, *, tokens: int
+) -> tuple[np.ndarray, int]:
+    """Rows of evenly spread whole batches, and how many batches."""
+    whole = available // BATCH_TOKENS
+    chosen = np.unique(np.linspace(0, whole - 1, min(whole, _MAX_BATCHES)).astype(int))
+    width = min(BATCH_TOKENS, max(-(-tokens // len(chosen)), 32))
+    rows = [
+        batch * BATCH_TOKENS + np.sort(rng.choice(BATCH_TOKENS, width, replace=False))
+        for batch in chosen
+    ]
+    return np.concatenate(rows), len(chosen)
