@@ -87,7 +87,7 @@ class GroupsConfig(_Section):
 class DispatchConfig(_Section):
     """How activations travel between ranks."""
 
-    backend: Literal["auto", "kernels", "deepep", "torch", "reference"] = Field(
+    backend: Literal["auto", "kernels", "torch", "reference", "deepep", "kernels-emulated"] = Field(
         "auto", description="all-to-all backend; `semantic-ep doctor` says which ones work here"
     )
 

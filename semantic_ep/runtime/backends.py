@@ -13,6 +13,8 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 from semantic_ep.errors import BackendError, explain
+from semantic_ep.runtime.collectives import peer_guard
+from semantic_ep.runtime.deepep import DeepEPBackend
 from semantic_ep.runtime.dispatch import Dispatched, Dispatcher
 from semantic_ep.runtime.kernels.backend import EmulatedKernelsBackend, KernelsBackend
 from semantic_ep.runtime.stats import DispatchStats
@@ -62,9 +64,25 @@ class Backend(Protocol):
         ...
 
     def create(
-        self, *, group: ProcessGroup, slots_per_rank: int, stats: DispatchStats
+        self,
+        *,
+        group: ProcessGroup,
+        slots_per_rank: int,
+        stats: DispatchStats,
+        max_tokens: int | None,
     ) -> Dispatcher:
-        """Make a dispatcher for an EP group; every rank of it calls this together."""
+        """Make a dispatcher for an EP group; every rank of it calls this together.
+
+        Args:
+            group: Process group of the EP ranks.
+            slots_per_rank: S.
+            stats: Counters to keep.
+            max_tokens: Most tokens a rank will dispatch, for backends with fixed buffers; None:
+                not known.
+
+        Raises:
+            BackendError: It cannot serve this group.
+        """
         ...
 
 
@@ -78,7 +96,12 @@ class _Torch:
         return True, "any dtype and device that torch.distributed moves"
 
     def create(
-        self, *, group: ProcessGroup, slots_per_rank: int, stats: DispatchStats
+        self,
+        *,
+        group: ProcessGroup,
+        slots_per_rank: int,
+        stats: DispatchStats,
+        max_tokens: int | None,
     ) -> Dispatcher:
         from semantic_ep.runtime.torch_dispatch import TorchDispatcher
 
@@ -95,7 +118,12 @@ class _Reference:
         return True, "any dtype and device that torch.distributed moves"
 
     def create(
-        self, *, group: ProcessGroup, slots_per_rank: int, stats: DispatchStats
+        self,
+        *,
+        group: ProcessGroup,
+        slots_per_rank: int,
+        stats: DispatchStats,
+        max_tokens: int | None,
     ) -> Dispatcher:
         from semantic_ep.runtime.reference_dispatch import ReferenceDispatcher
 
@@ -112,10 +140,17 @@ def _torch_distributed() -> tuple[bool, str]:
     return True, "torch.distributed"
 
 
-# In the order in which `auto` tries them.
+# In the order in which `auto` tries them. `torch` takes every call: those behind it are used only
+# by name.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (KernelsBackend(), _Torch(), _Reference(), EmulatedKernelsBackend())
+    for backend in (
+        KernelsBackend(),
+        _Torch(),
+        _Reference(),
+        DeepEPBackend(),
+        EmulatedKernelsBackend(),
+    )
 }
 
 
@@ -125,7 +160,12 @@ def backend_report() -> list[tuple[str, bool, str]]:
 
 
 def create_dispatcher(
-    name: str = "auto", *, group: ProcessGroup, slots_per_rank: int, num_layers: int = 1
+    name: str = "auto",
+    *,
+    group: ProcessGroup,
+    slots_per_rank: int,
+    num_layers: int = 1,
+    max_tokens: int | None = None,
 ) -> VerifiedDispatcher:
     """Make the dispatcher of an EP group.
 
@@ -134,6 +174,8 @@ def create_dispatcher(
         group: Process group of the EP ranks.
         slots_per_rank: S.
         num_layers: Layers to keep counters for.
+        max_tokens: Most tokens a rank will dispatch at once, equal on all ranks. Spares the kernels
+            an agreement at each call; None: not known.
 
     Raises:
         BackendError: The backend is unknown or not available here.
@@ -147,17 +189,14 @@ def create_dispatcher(
                 allowed=["auto", *BACKENDS],
             )
         )
-    usable = []
-    for candidate in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
-        available, reason = candidate.is_available()
-        if available:
-            usable.append(candidate)
-        else:
-            _log_fallback(candidate.name, reason)
-    if not usable:
+    candidates = []
+    for backend in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
+        available, reason = backend.is_available()
+        candidates.append(_Candidate(backend=backend, missing=None if available else reason))
+    if all(candidate.missing for candidate in candidates):
         raise BackendError(
             explain(
-                f"dispatch backend {name!r} is not available: {reason}",
+                f"dispatch backend {name!r} is not available: {candidates[-1].missing}",
                 where="semantic_ep.dispatch.backend, --semantic-ep-dispatch-backend",
                 do="`semantic-ep doctor` says what each backend needs",
             )
@@ -168,28 +207,46 @@ def create_dispatcher(
         slots_per_rank=slots_per_rank,
         rank=group.rank(),
     )
-    return VerifiedDispatcher(usable, group=group, slots_per_rank=slots_per_rank, stats=stats)
+    return VerifiedDispatcher(
+        candidates,
+        group=group,
+        slots_per_rank=slots_per_rank,
+        stats=stats,
+        max_tokens=max_tokens,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """A backend, and why this rank cannot run it, if so."""
+
+    backend: Backend
+    missing: str | None
 
 
 class VerifiedDispatcher:
     """A `Dispatcher` that asks each backend's verifier and uses the first that accepts.
 
-    The answer is kept for each kind of call, so verification is paid once.
+    A backend that some rank cannot run or set up is passed over on all ranks. The answer is kept
+    for each kind of call, so verification is paid once.
     """
 
     def __init__(
         self,
-        candidates: list[Backend],
+        candidates: list[_Candidate],
         *,
         group: ProcessGroup,
         slots_per_rank: int,
         stats: DispatchStats,
+        max_tokens: int | None,
     ) -> None:
         self.stats = stats
         self.group = group
         self.slots_per_rank = slots_per_rank
+        self.max_tokens = max_tokens
         self._candidates = candidates
         self._created: dict[str, Dispatcher] = {}
+        self._failed: dict[str, str] = {}
         self._chosen: dict[DispatchCall, Dispatcher] = {}
 
     def dispatch(
@@ -219,23 +276,55 @@ class VerifiedDispatcher:
         return chosen.combine(y_RD, dataclasses.replace(dispatched, state=state))
 
     def _choose(self, call: DispatchCall) -> Dispatcher:
-        for backend in self._candidates:
-            supported, reason = backend.supports(call)
+        for candidate in self._candidates:
+            name = candidate.backend.name
+            supported, reason = candidate.backend.supports(call)
             if supported:
-                if backend.name not in self._created:
-                    self._created[backend.name] = backend.create(
-                        group=self.group, slots_per_rank=self.slots_per_rank, stats=self.stats
-                    )
-                return self._created[backend.name]
-            _log_fallback(backend.name, reason)
+                if name not in self._created and name not in self._failed:
+                    self._create(candidate)
+                if name in self._created:
+                    return self._created[name]
+                reason = self._failed[name]
+            _log_fallback(name, reason)
         raise BackendError(
             explain(
-                f"no dispatch backend can run this call; {backend.name}: {reason}",
+                f"no dispatch backend can run this call; {name}: {reason}",
                 where="semantic_ep.dispatch.backend, --semantic-ep-dispatch-backend",
                 got=str(call),
                 do='Set the backend to "auto" or "torch"',
             )
         )
+
+    def _create(self, candidate: _Candidate) -> None:
+        """Make a backend's dispatcher on all ranks, or note why one of them cannot. Collective."""
+        backend = candidate.backend
+        problem = self._problem_of_any_rank(candidate.missing)
+        if problem is None:
+            try:
+                created = backend.create(
+                    group=self.group,
+                    slots_per_rank=self.slots_per_rank,
+                    stats=self.stats,
+                    max_tokens=self.max_tokens,
+                )
+            except BackendError as error:
+                problem = str(error)
+            problem = self._problem_of_any_rank(problem)
+        if problem is None:
+            self._created[backend.name] = created
+        else:
+            self._failed[backend.name] = problem
+
+    def _problem_of_any_rank(self, problem: str | None) -> str | None:
+        """The first rank's problem, the same on all ranks; None if no rank has one. Collective."""
+        import torch.distributed as dist
+
+        if self.group.size() == 1:
+            return problem
+        problems: list[str | None] = [None] * self.group.size()
+        with peer_guard("agreement on a dispatch backend", self.group):
+            dist.all_gather_object(problems, problem, group=self.group)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
 
 
 @functools.cache

@@ -81,7 +81,7 @@ def allocate(
     Raises:
         BackendError: The ranks are on several machines, or no provider works here.
     """
-    _require_one_machine(group)
+    require_one_machine(group)
     if device.type == "cpu":
         return PosixSharedMemory(group, num_bytes)
     reason = TorchSymmetricMemory.unavailable_because(device)
@@ -269,7 +269,8 @@ class CudaIpcMemory:
         self.pointers = []
 
 
-def _require_one_machine(group: ProcessGroup) -> None:
+def require_one_machine(group: ProcessGroup) -> None:
+    """Raise `BackendError`, on every rank, unless the group is on one machine; collective."""
     hosts = [""] * group.size()
     dist.all_gather_object(hosts, _machine(), group=group)
     if len(set(hosts)) > 1:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.runtime.dispatch import Dispatched, check_inputs
+from semantic_ep.runtime.pairs import expand, hits, reduce, segment_sum, starts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,8 +48,7 @@ class _State:
 
     Attributes:
         sizes: Pairs by peer.
-        position_R: Position in the sorted rows of each activation, in pair order, top-k order.
-        first_Q: Where each received pair begins in `position_R`.
+        position_R, first_Q: See `Expanded`.
         pair_P: Index of each sent pair, in the order of the tokens, then ranks.
         first_T: Where each token begins in `pair_P`.
     """
@@ -77,8 +77,7 @@ class TorchDispatcher:
         slot_TK = slot_TK.long()
         # Floor division keeps a dropped route, -1, at rank -1.
         rank_TK = torch.div(slot_TK, slots, rounding_mode="floor")
-        hit_TG = rank_TK.new_zeros(len(x_TD), ranks + 1, dtype=torch.bool)
-        hit_TG = hit_TG.scatter_(1, torch.where(rank_TK < 0, ranks, rank_TK), True)[:, :ranks]
+        hit_TG = hits(rank_TK, ranks)
         sizes, activations, tokens = self._exchange_sizes(hit_TG, rank_TK)
 
         rank_P, token_P = hit_TG.t().nonzero(as_tuple=True)
@@ -91,45 +90,42 @@ class TorchDispatcher:
             self.group, "all-to-all of dispatch", sizes, row_PD, weight_PK, slot_PK
         )
 
-        pair_R, choice_R = (slot_QK >= 0).nonzero(as_tuple=True)
-        slot_R = slot_QK[pair_R, choice_R].long()
-        order_R = torch.argsort(slot_R, stable=True)
-        tokens_per_slot_S = torch.bincount(slot_R, minlength=slots)
+        expanded = expand(row_QD, weight_QK, slot_QK, slots)
         token_order_P = torch.argsort(token_P, stable=True)
         self._record(
-            layer, sizes, activations, tokens, (row_PD, weight_PK, slot_PK), tokens_per_slot_S
+            layer,
+            sizes,
+            activations,
+            tokens,
+            (row_PD, weight_PK, slot_PK),
+            expanded.tokens_per_slot_S,
         )
         return Dispatched(
-            rows_RD=row_QD.index_select(0, pair_R[order_R]),
-            weight_R=weight_QK[pair_R[order_R], choice_R[order_R]],
-            tokens_per_slot_S=tokens_per_slot_S,
+            rows_RD=expanded.row_RD,
+            weight_R=expanded.weight_R,
+            tokens_per_slot_S=expanded.tokens_per_slot_S,
             num_tokens=len(x_TD),
             layer=layer,
             state=_State(
                 sizes=sizes,
-                position_R=_inverse(order_R),
-                first_Q=_starts(pair_R, len(row_QD)),
+                position_R=expanded.position_R,
+                first_Q=expanded.first_Q,
                 pair_P=token_order_P,
-                first_T=_starts(token_P[token_order_P], len(x_TD)),
+                first_T=starts(token_P[token_order_P], len(x_TD)),
             ),
         )
 
     def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
         """See `Dispatcher.combine`."""
         state: _State = dispatched.state
-        dtype = torch.promote_types(y_RD.dtype, dispatched.weight_R.dtype)
-        row_QD = _segment_sum(
-            y_RD.to(dtype),
-            state.position_R,
-            state.first_Q,
-            dispatched.weight_R.to(dtype).index_select(0, state.position_R),
-        ).to(y_RD.dtype)
+        row_QD = reduce(y_RD, dispatched.weight_R, state.position_R, state.first_Q)
         back = state.sizes.reversed()
         (row_PD,) = _exchange(self.group, "all-to-all of combine", back, row_QD)
         self.stats.record_combine(
             dispatched.layer, rows=back.sent, row_bytes=y_RD.shape[1] * y_RD.element_size()
         )
-        return _segment_sum(row_PD.to(dtype), state.pair_P, state.first_T).to(y_RD.dtype)
+        exact = torch.promote_types(y_RD.dtype, dispatched.weight_R.dtype)
+        return segment_sum(row_PD.to(exact), state.pair_P, state.first_T).to(y_RD.dtype)
 
     def _exchange_sizes(self, hit_TG: Tensor, rank_TK: Tensor) -> tuple[_Sizes, list[int], int]:
         """Return pairs by peer, activations by destination rank, and tokens with any route."""
@@ -230,29 +226,3 @@ def _row_layout(parts: tuple[Tensor, ...]) -> tuple[list[int], int]:
 def _column(message: Tensor, offset: int, part: Tensor) -> Tensor:
     """View the bytes of one part at its dtype."""
     return message[:, offset : offset + part.shape[1] * part.element_size()].view(part.dtype)
-
-
-def _segment_sum(
-    value_XD: Tensor, index_N: Tensor, first_M: Tensor, weight_N: Tensor | None = None
-) -> Tensor:
-    """Sum rows `value[index]` (times weight) of M consecutive segments, each in order: [M, D].
-
-    `embedding_bag` gathers and sums in one pass with one accumulator a segment: the same order on
-    every device, unlike scattered additions.
-    """
-    return torch.nn.functional.embedding_bag(
-        index_N, value_XD, first_M, mode="sum", per_sample_weights=weight_N
-    )
-
-
-def _starts(segment_N: Tensor, num_segments: int) -> Tensor:
-    """Where each segment begins in its non-decreasing list of members."""
-    return torch.searchsorted(
-        segment_N, torch.arange(num_segments, device=segment_N.device, dtype=segment_N.dtype)
-    )
-
-
-def _inverse(order_N: Tensor) -> Tensor:
-    inverse = torch.empty_like(order_N)
-    inverse[order_N] = torch.arange(len(order_N), device=order_N.device)
-    return inverse

@@ -2,6 +2,7 @@ import dataclasses
 import os
 import signal
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from semantic_ep.errors import BackendError, PeerFailureError
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime import backends
 from semantic_ep.runtime.backends import create_dispatcher
 from semantic_ep.runtime.slots import remap, slot_tables
 from tests.distributed.launcher import run_ranks
@@ -243,6 +245,41 @@ def _masked(rank, ranks):
 
 def test_padding_tokens_are_neither_sent_nor_counted():
     assert run_ranks(_masked, 2) == [(2, 4), (2, 4)]
+
+
+class _FailsOnRank1:
+    """Stands for a backend that one rank cannot set up."""
+
+    name = "fragile"
+
+    def is_available(self):
+        return True, "present"
+
+    def supports(self, call):
+        return True, "anything"
+
+    def create(self, *, group, slots_per_rank, stats, max_tokens):
+        if group.rank() == 1:
+            raise BackendError("no symmetric memory here")
+        return object()
+
+
+def _agree(rank, ranks):
+    registry = {"fragile": _FailsOnRank1(), "torch": backends.BACKENDS["torch"]}
+    x, slot, weight = torch.ones(2, 4), torch.tensor([[0], [1]]), torch.ones(2, 1)
+    with mock.patch.object(backends, "BACKENDS", registry):
+        named, auto = (
+            create_dispatcher(name, group=dist.group.WORLD, slots_per_rank=1)
+            for name in ("fragile", "auto")
+        )
+    with pytest.raises(BackendError, match="fragile: rank 1: no symmetric memory here"):
+        named.dispatch(x, slot, weight)
+    dispatched = auto.dispatch(x, slot, weight)
+    assert torch.equal(auto.combine(dispatched.rows_RD, dispatched), x)
+
+
+def test_a_backend_that_one_rank_cannot_set_up_is_passed_over_on_all_ranks():
+    run_ranks(_agree, 2)
 
 
 def _bad_inputs(rank, ranks):

@@ -45,10 +45,15 @@ class KernelsBackend:
         return _within_limits(call)
 
     def create(
-        self, *, group: ProcessGroup, slots_per_rank: int, stats: DispatchStats
+        self,
+        *,
+        group: ProcessGroup,
+        slots_per_rank: int,
+        stats: DispatchStats,
+        max_tokens: int | None,
     ) -> Dispatcher:
         """Make a dispatcher; every rank of the group calls this together."""
-        return _create(group, slots_per_rank, stats)
+        return _create(group, slots_per_rank, stats, max_tokens)
 
 
 class EmulatedKernelsBackend:
@@ -71,10 +76,15 @@ class EmulatedKernelsBackend:
         return _within_limits(call)
 
     def create(
-        self, *, group: ProcessGroup, slots_per_rank: int, stats: DispatchStats
+        self,
+        *,
+        group: ProcessGroup,
+        slots_per_rank: int,
+        stats: DispatchStats,
+        max_tokens: int | None,
     ) -> Dispatcher:
         """Make a dispatcher; every rank of the group calls this together."""
-        return _create(group, slots_per_rank, stats)
+        return _create(group, slots_per_rank, stats, max_tokens)
 
 
 def _within_limits(call: DispatchCall) -> tuple[bool, str]:
@@ -89,7 +99,14 @@ def _within_limits(call: DispatchCall) -> tuple[bool, str]:
     return True, "dispatch and combine kernels"
 
 
-def _create(group: ProcessGroup, slots_per_rank: int, stats: DispatchStats) -> Dispatcher:
+def _create(
+    group: ProcessGroup, slots_per_rank: int, stats: DispatchStats, max_tokens: int | None
+) -> Dispatcher:
     from semantic_ep.runtime.kernels.dispatcher import KernelDispatcher
+    from semantic_ep.runtime.symm import require_one_machine
 
-    return KernelDispatcher(group=group, slots_per_rank=slots_per_rank, stats=stats)
+    # Now, while another backend can still be chosen: memory is set up by the first dispatch.
+    require_one_machine(group)
+    return KernelDispatcher(
+        group=group, slots_per_rank=slots_per_rank, stats=stats, max_tokens=max_tokens
+    )

@@ -1,7 +1,9 @@
 import logging
+import typing
 
 import pytest
 
+from semantic_ep.config import DispatchConfig
 from semantic_ep.errors import BackendError
 from semantic_ep.runtime import backends
 
@@ -19,8 +21,11 @@ class Group:
 
 
 class Fake:
-    def __init__(self, name, *, available=True, dtypes=(torch.float32, torch.bfloat16)):
+    def __init__(
+        self, name, *, available=True, dtypes=(torch.float32, torch.bfloat16), fails=False
+    ):
         self.name = name
+        self._fails = fails
         self.created = 0
         self._available = available
         self._dtypes = dtypes
@@ -31,8 +36,11 @@ class Fake:
     def supports(self, call):
         return call.dtype in self._dtypes, f"{self.name} takes {self._dtypes}"
 
-    def create(self, *, group, slots_per_rank, stats):
+    def create(self, *, group, slots_per_rank, stats, max_tokens):
+        if self._fails:
+            raise BackendError(f"{self.name} found several machines")
         self.created += 1
+        self.max_tokens = max_tokens
         return self
 
     def dispatch(self, x, slot, weight, *, layer=0):
@@ -88,6 +96,30 @@ def test_a_named_backend_never_falls_back(registry):
     dispatcher = backends.create_dispatcher("narrow", group=Group(), slots_per_rank=1)
     with pytest.raises(BackendError, match=r"no dispatch backend can run this call; narrow: "):
         dispatcher.dispatch(*inputs(torch.float32))
+
+
+def test_auto_passes_over_a_backend_that_cannot_be_set_up_and_tries_it_once(registry, caplog):
+    caplog.set_level(logging.INFO)
+    _, wide = registry(Fake("failing", fails=True), Fake("wide"))
+    dispatcher = backends.create_dispatcher("auto", group=Group(), slots_per_rank=1, max_tokens=7)
+    for dtype in (torch.float32, torch.bfloat16):
+        dispatcher.dispatch(*inputs(dtype))
+    assert (wide.created, wide.max_tokens) == (1, 7)
+    assert [record.getMessage() for record in caplog.records] == [
+        "dispatch backend 'failing' is not used: failing found several machines"
+    ]
+
+
+def test_a_named_backend_that_cannot_be_set_up_is_an_error_with_its_reason(registry):
+    registry(Fake("failing", fails=True), Fake("wide"))
+    dispatcher = backends.create_dispatcher("failing", group=Group(), slots_per_rank=1)
+    with pytest.raises(BackendError, match="failing: failing found several machines"):
+        dispatcher.dispatch(*inputs(torch.float32))
+
+
+def test_the_configuration_allows_exactly_the_backends_of_the_registry():
+    allowed = typing.get_args(DispatchConfig.model_fields["backend"].annotation)
+    assert sorted(allowed) == sorted(["auto", *backends.BACKENDS])
 
 
 def test_absent_and_unknown_backends_are_refused_with_the_choices(registry):
