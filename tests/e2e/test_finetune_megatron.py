@@ -1,0 +1,124 @@
+"""The Megatron entry from its command line: loss, checkpoint, profile, and resuming under a plan."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+torch = pytest.importorskip("torch")
+
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.plan.placement import Placement
+from semantic_ep.plan.plan import Plan
+from semantic_ep.plan.schedule import Schedule
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the seams for CPU are inactive here"),
+]
+
+ROOT = Path(__file__).parents[2]
+STEPS, LENGTH, EXPERTS, LAYERS = 12, 32, 8, 2
+ARGUMENTS = f"""
+    @configs/megatron/cpu_2rank.args
+    --num-layers {LAYERS} --hidden-size 64 --num-attention-heads 4 --kv-channels 16
+    --moe-ffn-hidden-size 48 --num-experts {EXPERTS} --seq-length {LENGTH} --lr-warmup-iters 2
+    --train-iters {STEPS} --log-interval 4 --save-interval 6 --eval-interval 6 --eval-iters 1
+    --use-distributed-optimizer
+""".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A corpus of two kinds of documents, in the files that launch/corpus.py writes."""
+    from tokenizers import Tokenizer, models
+
+    directory = tmp_path_factory.mktemp("corpus")
+    words = {"<|endoftext|>": 0, "<|pad|>": 1} | {f"w{i}": i for i in range(2, 64)}
+    Tokenizer(models.WordLevel(words, unk_token="<|pad|>")).save(str(directory / "tokenizer.json"))
+    draw = np.random.default_rng(0)
+    documents = [draw.integers(2 + 31 * (i % 2), 33 + 31 * (i % 2), 45) for i in range(80)]
+    np.save(directory / "train.npy", np.concatenate(documents).astype(np.uint16))
+    with (directory / "documents.jsonl").open("w") as stream:
+        for i in range(len(documents)):
+            stream.write(json.dumps({"id": str(i), "first": 45 * i, "tokens": 45}) + "\n")
+    (directory / "corpus.json").write_text("{}")
+    return directory
+
+
+def finetune(corpus, output, *arguments, ranks=2):
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(ranks), "launch/finetune_megatron.py", *ARGUMENTS),
+            *("--data-path", str(corpus), "--output", str(output), *arguments),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def rows(output):
+    return [json.loads(line) for line in (output / "train.jsonl").read_text().splitlines()]
+
+
+def test_a_run_resumed_under_a_plan_goes_on_as_if_nothing_had_moved(corpus, tmp_path):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    observe = "--semantic-ep-observe-output"
+    done = finetune(corpus, whole, observe, str(whole / "profile"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [row["loss"] for row in rows(whole)]
+    assert [row["step"] for row in rows(whole)] == [4, 8, 12]
+    assert losses[-1] < losses[0]
+    profile = RoutingProfile.read(whole / "profile")
+    assert (profile.load.sum(axis=1) == 2 * profile.tokens).all()
+    assert profile.token_count[:2].sum() == 0  # Neither padding nor absent ends of text.
+
+    shuffled = [np.random.default_rng(layer).permutation(EXPERTS) for layer in range(LAYERS)]
+    placement = Placement(
+        physical_to_logical_map=np.stack(shuffled), num_experts=EXPERTS, ep_size=2
+    )
+    Plan(
+        placement=placement,
+        schedule=Schedule.from_profile(profile, placement),
+        verdict={},
+        fingerprint=profile.fingerprint,
+    ).save(tmp_path / "plan")
+    half = whole / "checkpoint"
+    (half / "latest_checkpointed_iteration.txt").write_text("6")
+    done = finetune(
+        *(corpus, moved, observe, str(moved / "profile"), "--load", str(half)),
+        *("--semantic-ep-plan-artifact", str(tmp_path / "plan")),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert rows(moved)[-1]["loss"] == pytest.approx(losses[-1], abs=1e-4)
+    again = RoutingProfile.read(moved / "profile")
+    np.testing.assert_array_equal(again.load, profile.load)
+    np.testing.assert_array_equal(again.coactivation, profile.coactivation)
+    assert again.tokens == profile.tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num-experts", "9"), "--expert-model-parallel-size = 2 does not divide --num-experts"),
+        (("--lr-warmup-iters", "50"), "--lr-warmup-iters: the warm-up takes all the steps"),
+        (("--semantic-ep-groups-ep-size", "4"), "contradicts --expert-model-parallel-size"),
+        (("--num-expert", "8"), "unrecognized arguments: --num-expert"),
+        (("--data-path", "nowhere"), "no finished corpus here"),
+    ],
+)
+def test_bad_arguments_end_with_one_message(corpus, tmp_path, arguments, message):
+    ranks = 2 if "--semantic-ep-groups-ep-size" in arguments else 1
+    done = finetune(corpus, tmp_path, *arguments, ranks=ranks)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "train.jsonl").exists()
