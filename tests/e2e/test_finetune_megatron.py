@@ -1,4 +1,4 @@
-"""The Megatron entry from its command line: loss, checkpoint, profile, and resuming under a plan."""
+"""The Megatron entry from its command line: loss, checkpoint, profile, resuming under a plan."""
 
 import json
 import os
