@@ -189,18 +189,17 @@ def create_dispatcher(
                 allowed=["auto", *BACKENDS],
             )
         )
-    candidates = []
-    for backend in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
-        available, reason = backend.is_available()
-        candidates.append(_Candidate(backend=backend, missing=None if available else reason))
-    if all(candidate.missing for candidate in candidates):
-        raise BackendError(
-            explain(
-                f"dispatch backend {name!r} is not available: {candidates[-1].missing}",
-                where="semantic_ep.dispatch.backend, --semantic-ep-dispatch-backend",
-                do="`semantic-ep doctor` says what each backend needs",
+    candidates = list(BACKENDS.values()) if name == "auto" else [BACKENDS[name]]
+    if name != "auto":
+        available, reason = BACKENDS[name].is_available()
+        if not available:
+            raise BackendError(
+                explain(
+                    f"dispatch backend {name!r} is not available: {reason}",
+                    where="semantic_ep.dispatch.backend, --semantic-ep-dispatch-backend",
+                    do="`semantic-ep doctor` says what each backend needs",
+                )
             )
-        )
     stats = DispatchStats(
         num_layers=num_layers,
         ep_size=group.size(),
@@ -216,14 +215,6 @@ def create_dispatcher(
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    """A backend, and why this rank cannot run it, if so."""
-
-    backend: Backend
-    missing: str | None
-
-
 class VerifiedDispatcher:
     """A `Dispatcher` that asks each backend's verifier and uses the first that accepts.
 
@@ -233,7 +224,7 @@ class VerifiedDispatcher:
 
     def __init__(
         self,
-        candidates: list[_Candidate],
+        candidates: list[Backend],
         *,
         group: ProcessGroup,
         slots_per_rank: int,
@@ -276,12 +267,12 @@ class VerifiedDispatcher:
         return chosen.combine(y_RD, dataclasses.replace(dispatched, state=state))
 
     def _choose(self, call: DispatchCall) -> Dispatcher:
-        for candidate in self._candidates:
-            name = candidate.backend.name
-            supported, reason = candidate.backend.supports(call)
+        for backend in self._candidates:
+            name = backend.name
+            supported, reason = backend.supports(call)
             if supported:
                 if name not in self._created and name not in self._failed:
-                    self._create(candidate)
+                    self._create(backend)
                 if name in self._created:
                     return self._created[name]
                 reason = self._failed[name]
@@ -295,10 +286,10 @@ class VerifiedDispatcher:
             )
         )
 
-    def _create(self, candidate: _Candidate) -> None:
+    def _create(self, backend: Backend) -> None:
         """Make a backend's dispatcher on all ranks, or note why one of them cannot. Collective."""
-        backend = candidate.backend
-        problem = self._problem_of_any_rank(candidate.missing)
+        available, reason = backend.is_available()
+        problem = self._problem_of_any_rank(None if available else reason)
         if problem is None:
             try:
                 created = backend.create(

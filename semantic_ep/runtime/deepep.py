@@ -24,7 +24,7 @@ class DeepEPBackend:
     name = "deepep"
 
     def is_available(self) -> tuple[bool, str]:
-        """A GPU and an importable DeepEP 2."""
+        """A GPU and DeepEP 2, which is imported to find out."""
         if importlib.util.find_spec("deep_ep") is None:
             return False, "deep_ep is not installed"
         try:
@@ -39,14 +39,8 @@ class DeepEPBackend:
         except Exception as error:
             return False, f"deep_ep cannot be imported: {error!r}"
         if buffer is None:
-            return (
-                False,
-                "deep_ep is older than version 2: it has neither EPBuffer nor ElasticBuffer",
-            )
-        return (
-            True,
-            f"DeepEP's {buffer.__name__}, only by name: this project has not run it on GPUs",
-        )
+            return False, "deep_ep is older than version 2: no EPBuffer and no ElasticBuffer"
+        return True, f"DeepEP's {buffer.__name__}, used by name only: not run on a GPU by us"
 
     def supports(self, call: DispatchCall) -> tuple[bool, str]:
         """bfloat16 rows on GPUs, of a width and top-k that DeepEP's kernels take."""

@@ -211,16 +211,15 @@ class DeepEPDispatcher:
         known = self._exchanges.get((hidden, topk))
         if known is not None and tokens <= known.buffer.num_max_tokens_per_rank:
             return known
-        with peer_guard("creation of DeepEP's buffer", self.group):
-            buffer = buffer_class(self._deep_ep)(
-                self.group,
-                num_max_tokens_per_rank=self.max_tokens or 1 << max(0, tokens - 1).bit_length(),
-                hidden=hidden,
-                num_topk=topk,
-                deterministic=True,
-                # Rows are rounded once on each rank, not again on their way between nodes.
-                allow_multiple_reduction=False,
-            )
+        buffer = buffer_class(self._deep_ep)(
+            self.group,
+            num_max_tokens_per_rank=self.max_tokens or 1 << max(0, tokens - 1).bit_length(),
+            hidden=hidden,
+            num_topk=topk,
+            deterministic=True,
+            # Rows are rounded once on each rank, not again on their way between nodes.
+            allow_multiple_reduction=False,
+        )
         num_slots = self.group.size() * self.slots_per_rank
         exchange = _Exchange(buffer=buffer, group=self.group, num_slots=num_slots)
         # One that it replaces lives on in the states that still have gradients to send through it.
