@@ -1,0 +1,46 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from semantic_ep.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+COMMAND = ["@configs/megatron/cpu_2rank.args", "--data-path", "data", "--output", "run"]
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location(
+        "megatron_arguments", ROOT / "launch" / "megatron_arguments.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.parse_arguments("test", [*COMMAND, *arguments])
+
+
+def test_a_file_gives_the_defaults_and_later_arguments_win(parse):
+    args = parse("--num-layers", "3")
+    assert (args.num_layers, args.num_experts, args.save) == (3, 16, Path("run/checkpoint"))
+    assert args.semantic_ep_enabled == "true"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num-experts", "9"), "--expert-model-parallel-size = 2 does not divide --num-experts"),
+        (("--num-attention-heads", "7"), "does not divide --hidden-size = 256"),
+        (("--moe-router-topk", "17"), "more experts a token than there are"),
+        (("--lr-warmup-iters", "300"), "the warm-up takes all the steps"),
+    ],
+)
+def test_contradictions_are_refused(parse, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(*arguments)
+
+
+def test_an_unknown_argument_is_an_error_even_if_it_abbreviates_one(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--num-expert", "8")
+    assert "unrecognized arguments: --num-expert" in capsys.readouterr().err
