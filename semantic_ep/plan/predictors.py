@@ -18,6 +18,7 @@ features gains half a point of local activation rate on the traces we have.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,7 +33,7 @@ from semantic_ep.plan.slices import slices_in_batches
 _PRIOR_OCCURRENCES = 1.0
 _RIDGE = 10.0
 _MAX_FIT_TOKENS = 32768
-DEPTHS = (0, 1, 4)
+DEPTHS = (0, 2, 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,40 +137,46 @@ class RidgePredictor:
     def _apply(self, context: Context, table: np.ndarray, count: np.ndarray) -> np.ndarray:
         layer = context.layer
         scores = _token_features(table, count) @ self.token_weight[layer]
-        for back in range(min(self.depth, layer)):
-            used = context.history[:, layer - 1 - back]
-            scores += multihot(used, scores.shape[1]) @ self.history_weight[layer, back]
+        depth = min(self.depth, layer)
+        if depth:
+            used = _history(context.history, layer, depth, scores.shape[1])
+            scores = scores + used @ self.history_weight[layer, :depth].reshape(-1, scores.shape[1])
         return np.asarray(scores)
 
     @classmethod
-    def fit(cls, trace: RoutingTrace, profile: RoutingProfile, *, depth: int) -> RidgePredictor:
+    def fit(
+        cls,
+        trace: RoutingTrace,
+        profile: RoutingProfile,
+        *,
+        depth: int,
+        layers: Sequence[int] | None = None,
+    ) -> RidgePredictor:
         """Fit on a trace and the profile counted from it.
 
         Args:
             trace: Tokens to learn from; at most 32,768 are used, spread evenly.
             profile: `RoutingProfile.from_trace` of the same trace.
             depth: Previous layers to look at.
+            layers: Layers to fit, all by default; the weights of others stay zero.
         """
-        layers, experts = profile.fingerprint.num_layers, profile.fingerprint.num_experts
+        all_layers, experts = profile.fingerprint.num_layers, profile.fingerprint.num_experts
         rows = np.unique(
             np.linspace(0, trace.num_tokens - 1, min(trace.num_tokens, _MAX_FIT_TOKENS)).astype(int)
         )
         fixed = 2 * experts + 2
-        token_weight = np.zeros((layers, fixed, experts), dtype=np.float32)
-        history_weight = np.zeros((layers, depth, experts, experts), dtype=np.float32)
-        hot = [multihot(trace.experts[rows, layer], experts) for layer in range(min(depth, layers))]
-        for layer in range(layers):
+        token_weight = np.zeros((all_layers, fixed, experts), dtype=np.float32)
+        history_weight = np.zeros((all_layers, depth, experts, experts), dtype=np.float32)
+        for layer in range(all_layers) if layers is None else layers:
             table, count = _left_out_rows(profile, trace, layer, rows)
-            used = [hot[(layer - 1 - back) % depth] for back in range(min(depth, layer))]
-            target = multihot(trace.experts[rows, layer], experts)
-            features = np.hstack([_token_features(table, count), *used])
-            normal = (features.T @ features).astype(np.float64)
-            normal[np.diag_indices(len(normal))] += _RIDGE
-            weight = np.linalg.solve(normal, features.T @ target).astype(np.float32)
+            back = min(depth, layer)
+            weight = _ridge(
+                _token_features(table, count),
+                _history(trace.experts[rows, :layer], layer, back, experts),
+                multihot(trace.experts[rows, layer], experts),
+            )
             token_weight[layer] = weight[:fixed]
-            history_weight[layer, : len(used)] = weight[fixed:].reshape(-1, experts, experts)
-            if depth:
-                hot[layer % depth] = target
+            history_weight[layer, :back] = weight[fixed:].reshape(back, experts, experts)
         return cls(profile=profile, token_weight=token_weight, history_weight=history_weight)
 
 
@@ -200,7 +207,9 @@ def choose_predictor(
     )
     layers = np.unique(np.linspace(0, fingerprint.num_layers - 1, 4).astype(int))
     candidates: list[TablePredictor | RidgePredictor] = [TablePredictor(profile=part)]
-    candidates += [RidgePredictor.fit(fitted_on, part, depth=depth) for depth in DEPTHS]
+    candidates += [
+        RidgePredictor.fit(fitted_on, part, depth=depth, layers=layers.tolist()) for depth in DEPTHS
+    ]
     rates = [
         np.mean([_held_out_rate(one, judged_on, placement, layer, batch) for layer in layers])
         for one in candidates
@@ -233,6 +242,31 @@ def _held_out_rate(
 
 def _on_ranks(scores_TE: np.ndarray, placement: Placement, layer: int) -> np.ndarray:
     return np.asarray(scores_TE @ placement.expert_on_rank[layer].astype(np.float32))
+
+
+def _history(experts_TlK: np.ndarray, layer: int, depth: int, num_experts: int) -> sparse.csr_array:
+    """[T, depth * E] multi-hot vectors of the last `depth` layers, the nearest first."""
+    tokens, _, top_k = experts_TlK.shape
+    recent = experts_TlK[:, layer - depth : layer][:, ::-1].astype(np.int64)
+    columns = recent + np.arange(depth)[None, :, None] * num_experts
+    return sparse.csr_array(
+        (
+            np.ones(columns.size, dtype=np.float32),
+            columns.ravel(),
+            np.arange(tokens + 1) * depth * top_k,
+        ),
+        shape=(tokens, depth * num_experts),
+    )
+
+
+def _ridge(dense: np.ndarray, hot: sparse.csr_array, target: np.ndarray) -> np.ndarray:
+    """[F + H, E] weights of `target` on [dense, hot]; hot's share of the products stays sparse."""
+    cross = hot.T @ dense
+    normal = np.block([[dense.T @ dense, cross.T], [cross, (hot.T @ hot).toarray()]])
+    normal = normal.astype(np.float64)
+    normal[np.diag_indices(len(normal))] += _RIDGE
+    right = np.vstack([dense.T @ target, hot.T @ target])
+    return np.asarray(np.linalg.solve(normal, right), dtype=np.float32)
 
 
 def _token_features(table: np.ndarray, count: np.ndarray) -> np.ndarray:

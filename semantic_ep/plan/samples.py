@@ -19,7 +19,7 @@ from semantic_ep.plan.predictors import (
 from semantic_ep.plan.search import saving_by_pairs
 
 BATCH_TOKENS = 512
-_TOKENS = 2048
+_TOKENS = 3072
 _MAX_BATCHES = 64
 
 

@@ -44,13 +44,15 @@ class SemanticPolicy:
         mode: What gets a home rank: whole "requests" (one rank for all layers) or "tokens" (one a
             layer).
         starts: Random starts of the co-clustering.
-        steps: Steps of the local search, a layer.
+        searches: Best starts that a local search continues from, in each layer.
+        steps: Steps of each local search.
         evidence: Raw trace and predictor, when there are any; for mode "tokens".
     """
 
     mode: Mode = "tokens"
-    starts: int = 4
-    steps: int = 800
+    starts: int = 12
+    searches: int = 3
+    steps: int = 400
     evidence: Evidence | None = None
 
     @property
@@ -165,8 +167,16 @@ class SemanticPolicy:
             load_cap=LOAD_CAP,
             pairs_EE=sample.pairs_EE if sample.active_NE is None else None,
         )
-        search.start(max(starts, key=search.start))
-        return search.run(rng, steps=self.steps, deadline=deadline)[0]
+        # Where a search begins matters more than how long it goes on: several short ones.
+        best, best_value = known[0], -np.inf
+        for start in sorted(starts, key=search.start, reverse=True)[: self.searches]:
+            search.start(start)
+            rank_E, value = search.run(rng, steps=self.steps, deadline=deadline)
+            if value > best_value:
+                best, best_value = rank_E, value
+            if deadline is not None and time.monotonic() > deadline:
+                break
+        return best
 
     def _place_requests(
         self, profile: RoutingProfile, ep_size: int, seed: int, deadline: float | None
