@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -10,6 +11,7 @@ import json
 import logging
 import platform
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
@@ -58,13 +60,15 @@ def run(args: argparse.Namespace) -> int:
     """Print all findings; 1 if anything is wrong."""
     from semantic_ep.cli import EXIT_NO, EXIT_OK
 
-    findings = [
-        *_packages(),
-        *_machine(),
-        *_backends(),
-        *_kernel_libraries(),
-        *_seams(),
-    ]
+    # Frameworks greet on stdout when they are imported; stdout is for the findings.
+    with contextlib.redirect_stdout(sys.stderr):
+        findings = [
+            *_packages(),
+            *_machine(),
+            *_backends(),
+            *_kernel_libraries(),
+            *_seams(),
+        ]
     if args.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
