@@ -258,7 +258,7 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
             "node_copies": "mean distinct nodes other than home's that a token is sent to",
             "load_max_over_mean": "activations on the busiest rank over the mean of ranks",
             "tokens_max_over_mean": "home tokens on the fullest rank over the mean of ranks",
-            "solve_seconds": "wall time of the placement policy alone",
+            "solve_seconds": "wall time of planning: placement and, if scheduled, predictor",
             "peak_mb": "largest resident memory of the process, reading the trace included",
         },
     }
