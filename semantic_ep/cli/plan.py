@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from semantic_ep.plan.effect import Workload
     from semantic_ep.topology import Topology
 
 COMPARED = ("contiguous", "random", "eplb")
@@ -39,6 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--topology", type=Path, metavar="JSON", help="nodes and links of the ranks")
     where.add_argument("--hostfile", type=Path, help="DeepSpeed or MPI hostfile")
     where.add_argument("--slurm", action="store_true", help="read nodes from Slurm's variables")
+    parser.add_argument(
+        "--hidden-size",
+        type=int,
+        metavar="D",
+        help="with --expert-bytes: predict the effect on time",
+    )
+    parser.add_argument(
+        "--expert-bytes", type=int, metavar="B", help="bytes of one expert's weights in one layer"
+    )
+    parser.add_argument(
+        "--element-bytes", type=int, default=2, metavar="B", help="bytes of an activation element"
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=("all-to-all", "all-gather"),
+        default="all-to-all",
+        help="how tokens reach experts; all-gather sends every token everywhere",
+    )
     parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for the solver")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
@@ -82,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         holdout=holdout,
         mode=args.mode,
         topology=topology,
+        workload=_workload(args),
     )
     for row in account["policies"]:
         row["solve_seconds"] = seconds[row["policy"]]
@@ -118,6 +138,28 @@ def _holdout(args: argparse.Namespace) -> Path:
             )
         )
     return held_out
+
+
+def _workload(args: argparse.Namespace) -> Workload | None:
+    from semantic_ep.errors import ConfigError, explain
+    from semantic_ep.plan.effect import Workload
+
+    if args.hidden_size is None and args.expert_bytes is None:
+        return None
+    if args.hidden_size is None or args.expert_bytes is None:
+        raise ConfigError(
+            explain(
+                "the effect on time needs both sizes",
+                where="--hidden-size and --expert-bytes",
+                got=f"{args.hidden_size} and {args.expert_bytes}",
+                do="Give both, or neither",
+            )
+        )
+    return Workload(
+        row_bytes=args.hidden_size * args.element_bytes,
+        expert_bytes=args.expert_bytes,
+        runtime=args.runtime,
+    )
 
 
 def _topology(args: argparse.Namespace) -> Topology:
@@ -165,5 +207,14 @@ def _print(account: dict[str, Any], plan: Any, result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(f"schedule tables: {plan.schedule.nbytes / 2**20:.1f} MiB on each rank")
+    low, high = account["saved_interval_95"]
+    bounds = account["bounds"]
+    console.print(f"remote copies saved, 95 % interval over requests: {low:.1%} to {high:.1%}")
+    console.print(
+        f"LAR: floor {bounds['floor_lar']:.3f} (blind), ceiling {bounds['ceiling_lar']:.3f} (homes "
+        "chosen knowing the routes, same placement)"
+    )
+    if account["effect"] is not None:
+        console.print(account["effect"]["summary"])
     console.print(account["summary"])
     console.print(f"written to {result['output']}" if result["output"] else "dry run: not written")

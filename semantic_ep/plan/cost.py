@@ -17,10 +17,12 @@ import dataclasses
 
 import numpy as np
 
-from semantic_ep.errors import PlacementError, explain
+from semantic_ep.errors import ConfigError, PlacementError, explain
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.placement import Placement
 from semantic_ep.topology import Topology
+
+RUNTIMES = ("all-to-all", "all-gather")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,61 @@ def evaluate(
     ]
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return RoutingCost(tokens=trace.num_tokens, **columns)
+
+
+def remote_copies_by_token(
+    placement: Placement, trace: RoutingTrace, home_rank: np.ndarray
+) -> np.ndarray:
+    """[N] float64, remote copies of each token, mean over layers, on one node."""
+    total = np.zeros(trace.num_tokens)
+    homes = np.asarray(home_rank)
+    for layer in range(placement.num_layers):
+        home_T = _layer(homes, layer).astype(np.int64)
+        slot_GE = nearest_copy(placement, layer)
+        rank_TK = (slot_GE // placement.slots_per_rank)[home_T[:, None], trace.experts[:, layer]]
+        hit_TG = np.zeros((trace.num_tokens, placement.ep_size), dtype=bool)
+        hit_TG[np.arange(trace.num_tokens)[:, None], rank_TK] = True
+        hit_TG[np.arange(trace.num_tokens), home_T] = False
+        total += hit_TG.sum(axis=1)
+    return total / placement.num_layers
+
+
+def transfer_seconds(
+    cost: RoutingCost, topology: Topology, *, row_bytes: int, runtime: str = "all-to-all"
+) -> float:
+    """Seconds that dispatch and combine of all layers take on the links, for the counted tokens.
+
+    A layer takes as long as its slowest rank, which sends and receives over the links of its node
+    and over those to other nodes at the same time; dispatch and combine follow each other.
+
+    Args:
+        cost: What was counted.
+        topology: Nodes and links of the ranks.
+        row_bytes: Bytes of one token's row, one way.
+        runtime: "all-to-all": tokens return to their home rank after each layer. "all-gather":
+            every rank gets every token, whatever the placement.
+
+    Raises:
+        ConfigError: The runtime is unknown.
+    """
+    if runtime not in RUNTIMES:
+        raise ConfigError(
+            explain("unknown runtime", where="--runtime", got=runtime, allowed=RUNTIMES)
+        )
+    ranks = topology.ep_size
+    rows = cost.rows_between_ranks.astype(np.float64)
+    if runtime == "all-gather":
+        rows = np.full(rows.shape, cost.tokens / ranks)
+    rows[:, np.arange(ranks), np.arange(ranks)] = 0
+    same_node = topology.nodes[:, None] == topology.nodes
+    seconds = np.zeros(len(rows))
+    for link, mine in ((topology.intra_node, same_node), (topology.inter_node, ~same_node)):
+        on_link = rows * mine
+        busiest = np.maximum(on_link.sum(axis=2), on_link.sum(axis=1)).max(axis=1)
+        time_L = busiest * row_bytes / (link.gigabytes_per_second * 1e9)
+        time_L += np.where(busiest > 0, link.latency_microseconds * 1e-6, 0.0)
+        seconds = np.maximum(seconds, time_L)
+    return float(2 * np.sum(seconds))
 
 
 def _layer(homes: np.ndarray, layer: int) -> np.ndarray:

@@ -6,6 +6,9 @@ import numpy as np
 
 from semantic_ep.errors import PlacementError, explain
 
+# Requests that are assigned together when plans are judged.
+WINDOW_REQUESTS = 64
+
 
 def assign_requests(
     scores_RG: np.ndarray,
@@ -104,7 +107,11 @@ def _improve(
 
 
 def assign_in_windows(
-    scores_RG: np.ndarray, tokens_R: np.ndarray, *, window: int = 64, tolerance: float = 0.05
+    scores_RG: np.ndarray,
+    tokens_R: np.ndarray,
+    *,
+    window: int = WINDOW_REQUESTS,
+    tolerance: float = 0.05,
 ) -> np.ndarray:
     """[R] int64, ranks of requests assigned window after window, in order of arrival.
 

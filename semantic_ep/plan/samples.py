@@ -17,8 +17,8 @@ from semantic_ep.plan.predictors import (
     multihot,
 )
 from semantic_ep.plan.search import saving_by_pairs
+from semantic_ep.plan.slices import BATCH_TOKENS
 
-BATCH_TOKENS = 512
 _TOKENS = 3072
 _MAX_BATCHES = 64
 

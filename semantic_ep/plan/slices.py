@@ -13,6 +13,8 @@ import numpy as np
 
 from semantic_ep.errors import PlacementError, explain
 
+# Tokens in a batch when plans are judged.
+BATCH_TOKENS = 512
 _SWEEPS = 4
 
 

@@ -12,18 +12,21 @@ import numpy as np
 
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
-from semantic_ep.plan.cost import RoutingCost, evaluate
+from semantic_ep.plan.bounds import bounds, saving_interval
+from semantic_ep.plan.cost import RoutingCost, evaluate, remote_copies_by_token
+from semantic_ep.plan.effect import Workload, effect_on_time
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import PlacementPolicy
 from semantic_ep.plan.predictors import Predictor, TablePredictor, context_of
-from semantic_ep.plan.requests import assign_in_windows
-from semantic_ep.plan.samples import BATCH_TOKENS, Evidence
+from semantic_ep.plan.requests import WINDOW_REQUESTS, assign_in_windows
+from semantic_ep.plan.samples import Evidence
 from semantic_ep.plan.schedule import Schedule
-from semantic_ep.plan.slices import natural_slices, slices_in_batches
+from semantic_ep.plan.slices import BATCH_TOKENS, natural_slices, slices_in_batches
 from semantic_ep.plan.solver import Mode, SemanticPolicy
 from semantic_ep.topology import Topology
 
-WINDOW_REQUESTS = 64
+__all__ = ["BATCH_TOKENS", "WINDOW_REQUESTS", "home_ranks", "judge", "rows_of_cost", "verdict"]
+
 # Below this share of the copies, a saving drowns in what else varies between runs.
 WORTHWHILE_SHARE = 0.05
 
@@ -141,6 +144,7 @@ def verdict(
     holdout: RoutingTrace,
     mode: Mode,
     topology: Topology | None = None,
+    workload: Workload | None = None,
 ) -> dict[str, Any]:
     """Judge a plan against other placements on held-out requests.
 
@@ -151,16 +155,21 @@ def verdict(
         holdout: Requests that are not in the profile.
         mode: See `judge`.
         topology: Nodes of the ranks.
+        workload: Sizes and runtime, for the effect on time; None leaves it out.
 
     Returns:
-        JSON-serialisable account: one row a placement and kind of home rank, and the verdict.
+        JSON-serialisable account: one row a placement and kind of home rank, the verdict, the
+        interval of the saving over requests, floor and ceiling, and the effect on time.
     """
     rows: list[dict[str, Any]] = []
+    homes, costs = [], []
     for name, placement in placements.items():
         for scheduled in (False, True) if name in (chosen, "contiguous") else (False,):
             home = home_ranks(holdout, placement, profile if scheduled else None, mode)
             cost = evaluate(placement, holdout, home, topology=topology)
             row = {"policy": name, "schedule": "by affinity" if scheduled else "in order"}
+            homes.append((name, home))
+            costs.append(cost)
             straggler = int(cost.straggler_rows().sum())
             rows.append({**row, **cost.mean(), "straggler_rows": straggler})
     plain = next(row for row in rows if row["policy"] == "contiguous")
@@ -169,6 +178,22 @@ def verdict(
     straggler_saved = 1 - planned["straggler_rows"] / max(plain["straggler_rows"], 1)
     # The slowest rank sets the time of an all-to-all: a mean that falls alone is no gain.
     worth_it = saved >= WORTHWHILE_SHARE and straggler_saved >= 0
+    first = next(index for index, row in enumerate(rows) if row is plain)
+    sent = [
+        remote_copies_by_token(placements[name], holdout, home)
+        for name, home in (homes[first], homes[-1])
+    ]
+    effect = None
+    if workload is not None:
+        effect = effect_on_time(
+            costs[first],
+            costs[-1],
+            placements["contiguous"],
+            placements[chosen],
+            topology=topology or Topology.uniform(placements[chosen].ep_size),
+            workload=workload,
+        )
+        worth_it = worth_it and effect["seconds_saved_share"] > 0
     return {
         "ep_size": placements[chosen].ep_size,
         "mode": mode,
@@ -178,6 +203,9 @@ def verdict(
         "remote_copies_saved": saved,
         "worth_it": worth_it,
         "straggler_rows_saved": straggler_saved,
+        "saved_interval_95": saving_interval(sent[0], sent[1], holdout),
+        "bounds": bounds(placements[chosen], holdout, mode),
+        "effect": effect,
         "summary": f"{'worth it' if worth_it else 'not worth it'}: {saved:.1%} fewer remote copies "
         f"than contiguous placement with home ranks in order, and {straggler_saved:.1%} fewer rows "
         "on the busiest rank",

@@ -13,8 +13,7 @@ from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.requests import assign_in_windows
-from semantic_ep.plan.samples import BATCH_TOKENS
-from semantic_ep.plan.slices import slices_in_batches
+from semantic_ep.plan.slices import BATCH_TOKENS, slices_in_batches
 from semantic_ep.plan.verdict import WINDOW_REQUESTS, home_ranks
 from semantic_ep.report.sources import HOLDOUT_DIR, PLAN_DIR, PROFILE_DIR, RunSources
 
