@@ -36,10 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what gets a home rank: whole requests (attention-DP), or tokens anew in each layer "
         "(attention-TP with the shuffled collectives)",
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--topology", type=Path, metavar="JSON", help="nodes and links of the ranks")
-    where.add_argument("--hostfile", type=Path, help="DeepSpeed or MPI hostfile")
-    where.add_argument("--slurm", action="store_true", help="read nodes from Slurm's variables")
+    add_topology_arguments(parser)
     parser.add_argument(
         "--hidden-size",
         type=int,
@@ -64,6 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="judge, but write nothing")
 
 
+def add_topology_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where nodes and links are read from; one node without."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--topology", type=Path, metavar="JSON", help="nodes and links of the ranks")
+    where.add_argument("--hostfile", type=Path, help="DeepSpeed or MPI hostfile")
+    where.add_argument("--slurm", action="store_true", help="read nodes from Slurm's variables")
+
+
 def run(args: argparse.Namespace) -> int:
     """Solve, judge, print, write."""
     from semantic_ep.cli import EXIT_NO, EXIT_OK
@@ -78,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     held_out = _holdout(args)
     holdout = RoutingTrace.load(held_out)
     profile.fingerprint.check(holdout.fingerprint, what=f"--holdout {held_out}")
-    topology = _topology(args)
+    topology = topology_of(args, args.ep_size)
     names = [name for name in COMPARED if name != args.policy] + [args.policy]
     placements, seconds = {}, {}
     for name in names:
@@ -162,18 +167,19 @@ def _workload(args: argparse.Namespace) -> Workload | None:
     )
 
 
-def _topology(args: argparse.Namespace) -> Topology:
+def topology_of(args: argparse.Namespace, ep_size: int) -> Topology:
+    """Return the topology that the arguments name, of the first `ep_size` ranks."""
     import os
 
     from semantic_ep.topology import Topology
 
     if args.topology:
-        return Topology.from_json(args.topology).first(args.ep_size)
+        return Topology.from_json(args.topology).first(ep_size)
     if args.hostfile:
-        return Topology.from_hostfile(args.hostfile).first(args.ep_size)
+        return Topology.from_hostfile(args.hostfile).first(ep_size)
     if args.slurm:
-        return Topology.from_slurm(os.environ).first(args.ep_size)
-    return Topology.uniform(args.ep_size)
+        return Topology.from_slurm(os.environ).first(ep_size)
+    return Topology.uniform(ep_size)
 
 
 def _print(account: dict[str, Any], plan: Any, result: dict[str, Any]) -> None:
