@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from semantic_ep.errors import PlacementError
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.placement import Placement
+from semantic_ep.plan.policies import policies
+from semantic_ep.plan.samples import Evidence, sample_layer
+from semantic_ep.plan.search import SwapSearch, saving_by_pairs
+from semantic_ep.plan.slices import equal_slices
+from semantic_ep.plan.solver import LOAD_CAP, SemanticPolicy
+from semantic_ep.plan.verdict import home_ranks
+from semantic_ep.topology import Topology
+
+sys.path.insert(0, str(Path(__file__).parent))
+from synthetic import planted_trace, random_trace
+
+FAST = SemanticPolicy(starts=3, searches=2, steps=120)
+
+
+def _optimum(active: np.ndarray, ranks: int) -> float:
+    """Least mean (distinct ranks - local activations), by mixed-integer programming."""
+    tokens, experts = active.shape
+    place = np.arange(experts * ranks).reshape(experts, ranks)
+    home = place.size + np.arange(tokens * ranks).reshape(tokens, ranks)
+    touch = home.max() + 1 + np.arange(tokens * ranks).reshape(tokens, ranks)
+    pairs = np.argwhere(active)
+    local = touch.max() + 1 + np.arange(len(pairs) * ranks).reshape(len(pairs), ranks)
+    size = int(local.max()) + 1
+    rows, columns, values, low, high = [], [], [], [], []
+
+    def constrain(terms, lower, upper):
+        for column, value in terms:
+            rows.append(len(low))
+            columns.append(column)
+            values.append(value)
+        low.append(lower)
+        high.append(upper)
+
+    for expert in range(experts):
+        constrain([(c, 1) for c in place[expert]], 1, 1)
+    for rank in range(ranks):
+        constrain([(c, 1) for c in place[:, rank]], experts // ranks, experts // ranks)
+        constrain([(c, 1) for c in home[:, rank]], tokens // ranks, tokens // ranks)
+    for token in range(tokens):
+        constrain([(c, 1) for c in home[token]], 1, 1)
+    for index, (token, expert) in enumerate(pairs):
+        for rank in range(ranks):
+            constrain([(touch[token, rank], 1), (place[expert, rank], -1)], 0, np.inf)
+            constrain([(local[index, rank], 1), (place[expert, rank], -1)], -np.inf, 0)
+            constrain([(local[index, rank], 1), (home[token, rank], -1)], -np.inf, 0)
+    objective = np.zeros(size)
+    objective[touch] = 1 / tokens
+    objective[local] = -1 / tokens
+    matrix = sparse.csr_array((values, (rows, columns)), shape=(len(low), size))
+    integral = np.zeros(size)
+    integral[: touch.min()] = 1
+    found = milp(
+        objective,
+        constraints=LinearConstraint(matrix, low, high),
+        integrality=integral,
+        bounds=Bounds(0, 1),
+    )
+    assert found.success
+    return float(found.fun)
+
+
+def _value(active: np.ndarray, rank_E: np.ndarray, ranks: int) -> float:
+    on_rank = active.astype(float) @ np.eye(ranks)[rank_E]
+    home = equal_slices(on_rank)
+    local = on_rank[np.arange(len(active)), home].mean()
+    return float((on_rank > 0).sum(axis=1).mean() - local)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_search_is_within_two_percent_of_the_optimum_on_tiny_instances(seed):
+    rng = np.random.default_rng(seed)
+    tokens, experts, ranks, top_k = 8, 6, 2, 2
+    active = np.zeros((tokens, experts), dtype=bool)
+    for row in active:
+        row[rng.choice(experts, top_k, replace=False)] = True
+    search = SwapSearch(
+        active.astype(np.float32),
+        active,
+        active.sum(axis=0).astype(float),
+        ep_size=ranks,
+        top_k=top_k,
+        batches=1,
+        load_cap=np.inf,
+    )
+    starts = [rng.permutation(np.arange(experts) % ranks) for _ in range(6)]
+    found = []
+    for start in starts:
+        search.start(start)
+        found.append(_value(active, search.run(rng, steps=60)[0], ranks))
+    # Both terms are at most K apart; adding K makes "within 2 %" meaningful near zero.
+    assert min(found) + top_k <= 1.02 * (_optimum(active, ranks) + top_k) + 1e-9
+
+
+def test_planted_structure_is_recovered_and_pays_on_other_requests():
+    profile = RoutingProfile.from_trace(planted_trace(seed=1, noise=0.05))
+    held_out = planted_trace(seed=2, noise=0.05)
+    for mode in ("tokens", "requests"):
+        placement = dataclasses.replace(FAST, mode=mode).place(profile, ep_size=4)
+        home = home_ranks(held_out, placement, profile, "requests")
+        cost = evaluate(placement, held_out, home).mean()
+        plain = Placement.contiguous(num_layers=2, num_experts=16, ep_size=4)
+        blind = evaluate(plain, held_out, home_ranks(held_out, plain, None, "requests")).mean()
+        if mode == "requests":
+            assert cost["lar"] > 0.8
+            assert cost["load_max_over_mean"] < 1.3
+        assert cost["remote_copies"] < 0.7 * blind["remote_copies"]
+
+
+@pytest.mark.parametrize("start", ["contiguous", "random", "greedy", "eplb"])
+def test_never_worse_than_a_baseline_start_by_the_solvers_own_objective(start):
+    trace = random_trace(tokens=1100, layers=2, experts=16, top_k=3, rng=np.random.default_rng(5))
+    profile = RoutingProfile.from_trace(trace)
+    ours = FAST.place(profile, ep_size=4, seed=3)
+    theirs = policies()[start].place(profile, ep_size=4, seed=3)
+    for layer in range(2):
+        sample = sample_layer(profile, None, layer, ep_size=4, seed=3)
+        search = SwapSearch(
+            sample.expected_NE,
+            sample.active_NE,
+            sample.load_E,
+            ep_size=4,
+            top_k=3,
+            batches=1,
+            load_cap=LOAD_CAP,
+            pairs_EE=sample.pairs_EE,
+        )
+        assert search.start(ours.rank_of_expert[layer]) >= (
+            search.start(theirs.rank_of_expert[layer]) - 1e-6
+        )
+
+
+def test_the_same_seed_gives_the_same_placement():
+    trace = planted_trace(seed=4)
+    profile = RoutingProfile.from_trace(trace)
+    evidence = Evidence.gather(trace, profile, ep_size=4, seed=0)
+    policy = dataclasses.replace(FAST, evidence=evidence)
+    first, second = (policy.place(profile, ep_size=4, seed=7) for _ in range(2))
+    np.testing.assert_array_equal(first.physical_to_logical_map, second.physical_to_logical_map)
+
+
+@pytest.mark.parametrize("mode", ["tokens", "requests"])
+def test_a_time_limit_still_gives_a_valid_placement_soon(mode):
+    profile = RoutingProfile.from_trace(planted_trace(layers=6))
+    policy = SemanticPolicy(mode=mode, starts=50, searches=50, steps=10_000)
+    started = time.monotonic()
+    placement = policy.place(profile, ep_size=4, time_limit=0.5)
+    assert time.monotonic() - started < 10
+    assert (placement.logical_count == 1).all()
+
+
+def test_an_interrupt_keeps_what_was_found(monkeypatch):
+    profile = RoutingProfile.from_trace(planted_trace(layers=3))
+    finished = SemanticPolicy._place_layer
+    calls = []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return finished(self, *args)
+
+    monkeypatch.setattr(SemanticPolicy, "_place_layer", interrupted)
+    placement = FAST.place(profile, ep_size=4)
+    contiguous = Placement.contiguous(num_layers=3, num_experts=16, ep_size=4)
+    assert (placement.rank_of_expert[0] != contiguous.rank_of_expert[0]).any()
+    np.testing.assert_array_equal(placement.rank_of_expert[1:], contiguous.rank_of_expert[1:])
+
+
+def test_nodes_are_planned_before_the_ranks_inside_them():
+    trace = planted_trace(seed=6, topics=2, noise=0.02)
+    profile = RoutingProfile.from_trace(trace)
+    topology = Topology.uniform(4, num_nodes=2)
+    placement = FAST.place(profile, ep_size=4, topology=topology)
+    home = home_ranks(trace, placement, profile, "tokens")
+    ours = evaluate(placement, trace, home, topology=topology).mean()
+    plain = Placement.contiguous(num_layers=2, num_experts=16, ep_size=4)
+    blind = evaluate(plain, trace, home, topology=topology).mean()
+    assert ours["node_copies"] < 0.75 * blind["node_copies"]
+
+
+def test_an_ep_size_that_does_not_divide_the_experts_is_refused():
+    profile = RoutingProfile.from_trace(planted_trace())
+    with pytest.raises(PlacementError, match="does not divide"):
+        SemanticPolicy().place(profile, ep_size=3)
+
+
+def test_a_profile_without_token_ids_is_planned_by_pairs_and_load():
+    trace = planted_trace()
+    blind = dataclasses.replace(trace, token_id=np.full(trace.num_tokens, -1, dtype=np.int32))
+    placement = FAST.place(RoutingProfile.from_trace(blind), ep_size=4)
+    cost = evaluate(placement, trace, np.zeros(trace.num_tokens, dtype=int)).mean()
+    plain = Placement.contiguous(num_layers=2, num_experts=16, ep_size=4)
+    assert (
+        cost["remote_copies"]
+        < evaluate(plain, trace, np.zeros(trace.num_tokens, dtype=int)).mean()["remote_copies"]
+    )
+
+
+def test_pairs_save_exactly_what_random_placement_saves():
+    rng = np.random.default_rng(0)
+    trace = random_trace(tokens=4000, layers=1, experts=16, top_k=4, rng=rng)
+    profile = RoutingProfile.from_trace(trace)
+    pairs = saving_by_pairs(profile.coactivation[0], tokens=4000, top_k=4, ep_size=4)
+    rank_E = np.arange(16) % 4
+    same = rank_E[:, None] == rank_E
+    predicted = pairs[same].sum() / 2
+    distinct = np.mean([len(set(rank_E[row])) for row in trace.experts[:, 0]])
+    assert predicted == pytest.approx(4 - distinct, rel=0.03)
