@@ -66,17 +66,18 @@ def test_moments_keep_the_mean_and_shrink_towards_it():
     assert (deviation[1] > 0).all()
 
 
-def test_drift_that_was_prepared_for_is_borne_better_than_by_eplb():
+def test_drift_that_blocks_share_is_borne_better_than_by_eplb():
     rng = np.random.default_rng(4)
-    spread, rho = 0.8, 0.85
-    log = rng.normal(0, spread, (12, 128))
+    spread, rho, share = 0.8, 0.85, 0.2
+    log = rng.normal(0, spread, (6, 128))
     load = 1000 * np.exp(log)
     placement = place_for_load(load, ep_size=16, redundant_slots=16)
     rival = eplb_placement(load, ep_size=16, redundant_slots=16)
     gains = []
     for _ in range(40):
-        noise = rng.normal(0, spread * np.sqrt(1 - rho**2), log.shape)
-        other = np.exp(rho * log + noise)
+        common = np.repeat(rng.normal(size=(6, 8)), 16, axis=1)
+        noise = np.sqrt(1 - share) * rng.normal(size=log.shape) + np.sqrt(share) * common
+        other = np.exp(rho * log + spread * np.sqrt(1 - rho**2) * noise)
         gains.append(mean_over_max(placement, other) - mean_over_max(rival, other))
     assert np.mean(gains) > 2 * np.std(gains) / np.sqrt(len(gains))
 
