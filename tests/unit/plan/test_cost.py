@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,9 +14,7 @@ from semantic_ep.plan.cost import (
 )
 from semantic_ep.plan.placement import Placement
 from semantic_ep.topology import Topology
-
-sys.path.insert(0, str(Path(__file__).parent))
-from synthetic import random_trace
+from tests.unit.plan.synthetic import random_trace
 
 
 def _random_case(seed: int, *, replicas: bool):

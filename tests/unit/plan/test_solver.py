@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +19,7 @@ from semantic_ep.plan.slices import equal_slices
 from semantic_ep.plan.solver import LOAD_CAP, SemanticPolicy
 from semantic_ep.plan.verdict import home_ranks
 from semantic_ep.topology import Topology
-
-sys.path.insert(0, str(Path(__file__).parent))
-from synthetic import planted_trace, random_trace
+from tests.unit.plan.synthetic import planted_trace, random_trace
 
 FAST = SemanticPolicy(starts=3, searches=2, steps=120)
 
