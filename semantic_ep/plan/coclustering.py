@@ -97,7 +97,7 @@ def place_experts(
     onto = np.eye(ranks)[rank_E]
     near_EG = pairs @ onto
     rank_load = load_E @ onto
-    for _ in range(4 * experts):
+    for _ in range(experts):
         value_EG = gain_GE.T + near_EG
         stay = value_EG[index, rank_E]
         there = value_EG[:, rank_E]
@@ -107,18 +107,37 @@ def place_experts(
         now = _excess(rank_load, load_cap)[rank_E]
         change -= LOAD_PENALTY / ranks * (after + after.T - now[:, None] - now)
         change[rank_E[:, None] == rank_E] = 0.0
-        one, other = np.unravel_index(int(np.argmax(change)), change.shape)
-        if change[one, other] <= 1e-9:
+        chosen = _independent_swaps(change, rank_E, ranks)
+        if not chosen:
             break
-        here, away = rank_E[one], rank_E[other]
-        near_EG[:, here] += pairs[:, other] - pairs[:, one]
-        near_EG[:, away] += pairs[:, one] - pairs[:, other]
-        rank_load[here] += load_E[other] - load_E[one]
-        rank_load[away] += load_E[one] - load_E[other]
-        rank_E[one], rank_E[other] = away, here
+        for one, other in chosen:
+            here, away = rank_E[one], rank_E[other]
+            near_EG[:, here] += pairs[:, other] - pairs[:, one]
+            near_EG[:, away] += pairs[:, one] - pairs[:, other]
+            rank_load[here] += load_E[other] - load_E[one]
+            rank_load[away] += load_E[one] - load_E[other]
+            rank_E[one], rank_E[other] = away, here
     local = float(gain_GE[rank_E, index].sum())
     saved = float(near_EG[index, rank_E].sum()) / 2
     return rank_E, local + saved - LOAD_PENALTY / ranks * float(_excess(rank_load, load_cap).sum())
+
+
+def _independent_swaps(
+    change_EE: np.ndarray, rank_E: np.ndarray, ranks: int
+) -> list[tuple[int, int]]:
+    """Best improving swaps of which no two touch one rank: their gains then add up."""
+    best_E = change_EE.argmax(axis=1)
+    gain_E = change_EE[np.arange(len(best_E)), best_E]
+    free = np.ones(ranks, dtype=bool)
+    chosen = []
+    for one in np.argsort(-gain_E, kind="stable"):
+        other = best_E[one]
+        if gain_E[one] <= 1e-9:
+            break
+        if free[rank_E[one]] and free[rank_E[other]]:
+            free[[rank_E[one], rank_E[other]]] = False
+            chosen.append((int(one), int(other)))
+    return chosen
 
 
 def choose_ranks(scores: np.ndarray, weight: np.ndarray, *, sweeps: int = 4) -> np.ndarray:

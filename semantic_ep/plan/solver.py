@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from typing import Literal
 
@@ -32,6 +33,9 @@ Mode = Literal["requests", "tokens"]
 
 # With fewer sequences in a profile, clusters of them would be clusters of accidents.
 MIN_SEQUENCES_PER_RANK = 8
+# A start costs about the square of the experts, a search about their number: with more experts
+# than this, fewer of both keep the time of a layer about the same.
+_FULL_EFFORT_EXPERTS = 64
 # Below what users ask for on other requests (1.15), since those differ from the profile.
 LOAD_CAP = 1.06
 
@@ -43,8 +47,8 @@ class SemanticPolicy:
     Attributes:
         mode: What gets a home rank: whole "requests" (one rank for all layers) or "tokens" (one a
             layer).
-        starts: Random starts of the co-clustering.
-        searches: Best starts that a local search continues from, in each layer.
+        starts: Random starts of the co-clustering, up to 64 experts; fewer beyond.
+        searches: Best starts that a local search continues from, in each layer; fewer beyond.
         steps: Steps of each local search.
         evidence: Raw trace and predictor, when there are any; for mode "tokens".
     """
@@ -124,7 +128,8 @@ class SemanticPolicy:
             tokens = np.flatnonzero(home == node)
             part = sample.part(tokens, experts)
             start = np.arange(len(experts)) * per_node // len(experts)
-            local = self._place_flat(part, [start], top_k, per_node, rng, deadline)
+            inner = dataclasses.replace(self, starts=1, searches=1, steps=self.steps // 4)
+            local = inner._place_flat(part, [start], top_k, per_node, rng, deadline)
             rank_E[experts] = node * per_node + local
         return rank_E
 
@@ -141,10 +146,11 @@ class SemanticPolicy:
         experts = len(sample.load_E)
         if experts == ep_size or len(sample.expected_NE) < 2 * ep_size:
             return known[0]
+        effort = min(1.0, _FULL_EFFORT_EXPERTS / experts)
         starts = list(known)
         rows = [sparse.csr_array(np.maximum(sample.expected_NE, 0))]
         weight = np.ones(len(sample.expected_NE))
-        for _ in range(self.starts):
+        for _ in range(math.ceil(self.starts * effort**2)):
             ranks, _ = cocluster(
                 rows,
                 weight,
@@ -169,7 +175,9 @@ class SemanticPolicy:
         )
         # Where a search begins matters more than how long it goes on: several short ones.
         best, best_value = known[0], -np.inf
-        for start in sorted(starts, key=search.start, reverse=True)[: self.searches]:
+        for start in sorted(starts, key=search.start, reverse=True)[
+            : math.ceil(self.searches * effort)
+        ]:
             search.start(start)
             rank_E, value = search.run(rng, steps=self.steps, deadline=deadline)
             if value > best_value:
