@@ -36,6 +36,8 @@ MIN_SEQUENCES_PER_RANK = 8
 # A start costs about the square of the experts, a search about their number: with more experts
 # than this, fewer of both keep the time of a layer about the same.
 _FULL_EFFORT_EXPERTS = 64
+# Rows of a co-clustering when token ids stand in for sequences.
+_MAX_TOKEN_IDS = 4096
 # Below what users ask for on other requests (1.15), since those differ from the profile.
 LOAD_CAP = 1.06
 
@@ -84,7 +86,7 @@ class SemanticPolicy:
         started = time.monotonic()
         if self.mode == "requests":
             deadline = None if time_limit is None else started + time_limit
-            ranks = self._place_requests(profile, ep_size, seed, deadline)
+            ranks = self._place_requests(profile, ep_size, seed, deadline, topology)
             return Placement.from_rank_of_expert(ranks, ep_size=ep_size)
         ranks = contiguous.rank_of_expert.astype(np.int64)
         balanced = greedy_load_placement(profile.load, ep_size=ep_size).rank_of_expert
@@ -187,31 +189,59 @@ class SemanticPolicy:
         return best
 
     def _place_requests(
-        self, profile: RoutingProfile, ep_size: int, seed: int, deadline: float | None
+        self,
+        profile: RoutingProfile,
+        ep_size: int,
+        seed: int,
+        deadline: float | None,
+        topology: Topology | None,
     ) -> np.ndarray:
-        """[L, E] ranks from one clustering of sequences over all layers."""
+        """[L, E] ranks from one clustering of sequences over all layers, nodes first."""
         fingerprint = profile.fingerprint
         layers, experts, top_k = (
             fingerprint.num_layers,
             fingerprint.num_experts,
             fingerprint.top_k,
         )
-        tables, weight = _request_rows(profile, ep_size)
+        rng = np.random.default_rng(seed)
+        tables, weight = _request_rows(profile, ep_size, rng)
         pairs = [
             saving_by_pairs(together, tokens=profile.tokens, top_k=top_k, ep_size=ep_size) / top_k
             for together in profile.coactivation
         ]
+        rows = _RequestRows(tables=tables, weight=weight, pairs_LEE=np.stack(pairs))
+        per_node = _equal_nodes(topology, ep_size)
+        if per_node is None:
+            return self._cluster_requests(rows, ep_size, rng, deadline)
+        nodes = ep_size // per_node
+        node_LE = self._cluster_requests(rows, nodes, rng, deadline)
+        home = choose_ranks(rows.on_ranks(node_LE, nodes) / weight[:, None], weight)
+        rank_LE = np.empty((layers, experts), dtype=np.int64)
+        for node in range(nodes):
+            columns = np.stack([np.flatnonzero(row == node) for row in node_LE])
+            part = rows.part(np.flatnonzero(home == node), columns)
+            inner = self._cluster_requests(part, per_node, rng, deadline)
+            np.put_along_axis(rank_LE, columns, node * per_node + inner, axis=1)
+        return rank_LE
+
+    def _cluster_requests(
+        self, rows: _RequestRows, ep_size: int, rng: np.random.Generator, deadline: float | None
+    ) -> np.ndarray:
+        """[L, E] ranks: the best clustering of several starts, contiguous placement among them."""
+        layers, experts = rows.pairs_LEE.shape[:2]
         contiguous = np.tile(np.arange(experts) * ep_size // experts, (layers, 1))
-        rng = np.random.default_rng(seed)
         best, best_value = contiguous, -np.inf
+        if experts == ep_size or len(rows.weight) < ep_size:
+            return best
+        effort = min(1.0, _FULL_EFFORT_EXPERTS / experts)
         try:
-            for start in range(self.starts + 1):
+            for start in range(1 + math.ceil(self.starts * effort**2)):
                 ranks, value = cocluster(
-                    tables,
-                    weight,
+                    rows.tables,
+                    rows.weight,
                     ep_size,
                     rng=rng,
-                    pairs_LEE=np.stack(pairs),
+                    pairs_LEE=rows.pairs_LEE,
                     load_cap=LOAD_CAP,
                     first=contiguous if start == 0 else None,
                     deadline=deadline,
@@ -225,6 +255,39 @@ class SemanticPolicy:
         return best
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _RequestRows:
+    """What is clustered for whole requests: N sequences, or token ids in their stead.
+
+    Attributes:
+        tables: L arrays [N, E], activations.
+        weight: [N] tokens in each row.
+        pairs_LEE: See `cocluster`.
+    """
+
+    tables: list[sparse.csr_array]
+    weight: np.ndarray
+    pairs_LEE: np.ndarray
+
+    def on_ranks(self, rank_LE: np.ndarray, ep_size: int) -> np.ndarray:
+        """[N, G] activations of each row on each rank, over all layers."""
+        parts = [table @ np.eye(ep_size)[rank_E] for table, rank_E in zip(self.tables, rank_LE)]
+        return np.asarray(sum(parts))
+
+    def part(self, rows: np.ndarray, expert_LE: np.ndarray) -> _RequestRows:
+        """Return some rows, and some experts of each layer: one node's problem."""
+        return _RequestRows(
+            tables=[
+                sparse.csr_array(table[rows][:, experts])
+                for table, experts in zip(self.tables, expert_LE)
+            ],
+            weight=self.weight[rows],
+            pairs_LEE=np.stack(
+                [pairs[np.ix_(own, own)] for pairs, own in zip(self.pairs_LEE, expert_LE)]
+            ),
+        )
+
+
 def _equal_nodes(topology: Topology | None, ep_size: int) -> int | None:
     """Ranks a node when there are several nodes with equally many adjacent ranks, else None."""
     if topology is None or topology.num_nodes == 1 or topology.num_nodes == ep_size:
@@ -235,21 +298,30 @@ def _equal_nodes(topology: Topology | None, ep_size: int) -> int | None:
 
 
 def _request_rows(
-    profile: RoutingProfile, ep_size: int
+    profile: RoutingProfile, ep_size: int, rng: np.random.Generator
 ) -> tuple[list[sparse.csr_array], np.ndarray]:
     """What is clustered: L arrays [N, E] of activations, and [N] tokens in each row.
 
     Whole requests go to one rank, so what counts is which experts a sequence uses, not a token.
-    Token ids stand in for sequences where the profile has sampled too few of them.
+    Token ids stand in for sequences where the profile has sampled too few of them; of many ids,
+    some are drawn by frequency.
     """
     sequences = profile.sequence_load
     if len(sequences) >= MIN_SEQUENCES_PER_RANK * ep_size:
         sequences = sequences[sequences[:, 0].sum(axis=1) > 0]
         tables = [sparse.csr_array(sequences[:, layer]) for layer in range(sequences.shape[1])]
         return tables, sequences[:, 0].sum(axis=1) / profile.fingerprint.top_k
-    seen = np.flatnonzero(profile.token_count > 0)
-    tables = [sparse.csr_array(table[seen]) for table in profile.token_expert]
-    return tables, profile.token_count[seen]
+    count = profile.token_count
+    seen = np.flatnonzero(count > 0)
+    if len(seen) <= _MAX_TOKEN_IDS:
+        return [sparse.csr_array(table[seen]) for table in profile.token_expert], count[seen]
+    drawn = rng.choice(seen, size=_MAX_TOKEN_IDS, p=count[seen] / count[seen].sum())
+    ids, weight = np.unique(drawn, return_counts=True)
+    tables = [
+        sparse.csr_array(sparse.diags_array(weight / count[ids]) @ table[ids])
+        for table in profile.token_expert
+    ]
+    return tables, weight.astype(np.float64)
 
 
 register(SemanticPolicy(mode="tokens"))
