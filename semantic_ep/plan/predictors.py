@@ -64,6 +64,20 @@ class Predictor(Protocol):
         ...
 
 
+class TrainingScores(Protocol):
+    """Says what to expect of the tokens that were learned from, honestly."""
+
+    def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
+        """[T, E] float32, expected activations, leaving out what the tokens themselves taught.
+
+        Args:
+            trace: The trace that was learned from.
+            layer: The layer.
+            rows: [T] tokens of the trace.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TablePredictor:
     """The token table alone: needs nothing but a profile.
@@ -87,6 +101,10 @@ class TablePredictor:
     def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
         """See `Predictor.rank_scores`."""
         return _on_ranks(self.expert_scores(context), placement, context.layer)
+
+    def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
+        """See `TrainingScores.training_scores`."""
+        return _left_out_rows(self.profile, trace, layer, rows)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,13 +141,7 @@ class RidgePredictor:
         return _on_ranks(self.expert_scores(context), placement, context.layer)
 
     def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
-        """[T, E] float32, expected activations of tokens that are in the profile themselves.
-
-        Args:
-            trace: The trace that the profile was counted from.
-            layer: The layer.
-            rows: [T] tokens of the trace.
-        """
+        """See `TrainingScores.training_scores`."""
         context = context_of(trace, layer, rows)
         table, count = _left_out_rows(self.profile, trace, layer, rows)
         return self._apply(context, table, count)

@@ -9,13 +9,7 @@ from scipy import sparse
 
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
-from semantic_ep.plan.predictors import (
-    RidgePredictor,
-    TablePredictor,
-    choose_predictor,
-    context_of,
-    multihot,
-)
+from semantic_ep.plan.predictors import TrainingScores, multihot
 from semantic_ep.plan.search import saving_by_pairs
 from semantic_ep.plan.slices import BATCH_TOKENS
 
@@ -25,22 +19,14 @@ _MAX_BATCHES = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """A raw trace beside the profile counted from it, and the predictor chosen on it.
+    """A raw trace beside the profile counted from it, and a predictor fitted on it.
 
     With it the solver sees whole batches, true co-activation and earlier layers' experts; without
     it, only token ids and pair counts.
     """
 
     trace: RoutingTrace
-    predictor: TablePredictor | RidgePredictor
-
-    @classmethod
-    def gather(
-        cls, trace: RoutingTrace, profile: RoutingProfile, *, ep_size: int, seed: int
-    ) -> Evidence:
-        """Choose and fit a predictor on the trace."""
-        predictor = choose_predictor(trace, profile, ep_size=ep_size, batch=BATCH_TOKENS, seed=seed)
-        return cls(trace=trace, predictor=predictor)
+    predictor: TrainingScores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,11 +86,7 @@ def sample_layer(
         active, batches = None, 1
     else:
         rows, batches = _thinned_batches(evidence.trace.num_tokens, rng, tokens=tokens)
-        predictor = evidence.predictor
-        if isinstance(predictor, RidgePredictor):
-            expected = predictor.training_scores(evidence.trace, layer, rows)
-        else:
-            expected = predictor.expert_scores(context_of(evidence.trace, layer, rows))
+        expected = evidence.predictor.training_scores(evidence.trace, layer, rows)
         active = multihot(evidence.trace.experts[rows, layer], fingerprint.num_experts) > 0
     return LayerSample(
         expected_NE=np.asarray(expected, dtype=np.float32),

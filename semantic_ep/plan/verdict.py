@@ -17,7 +17,12 @@ from semantic_ep.plan.cost import RoutingCost, evaluate, remote_copies_by_token
 from semantic_ep.plan.effect import Workload, effect_on_time
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import PlacementPolicy
-from semantic_ep.plan.predictors import Predictor, TablePredictor, context_of
+from semantic_ep.plan.predictors import (
+    Predictor,
+    TablePredictor,
+    choose_predictor,
+    context_of,
+)
 from semantic_ep.plan.requests import WINDOW_REQUESTS, assign_in_windows
 from semantic_ep.plan.samples import Evidence
 from semantic_ep.plan.schedule import Schedule
@@ -70,9 +75,12 @@ def judge(
     started = time.perf_counter()
     predictor: Predictor | None = None
     if scheduled and mode == "tokens":
-        evidence = Evidence.gather(trace_profile, profile, ep_size=ep_size, seed=seed)
-        predictor = evidence.predictor
+        chosen = choose_predictor(
+            trace_profile, profile, ep_size=ep_size, batch=BATCH_TOKENS, seed=seed
+        )
+        predictor = chosen
         if isinstance(policy, SemanticPolicy):
+            evidence = Evidence(trace=trace_profile, predictor=chosen)
             policy = dataclasses.replace(policy, evidence=evidence)
     placement = policy.place(
         profile, ep_size=ep_size, seed=seed, time_limit=time_limit, topology=topology

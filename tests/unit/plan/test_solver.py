@@ -13,6 +13,7 @@ from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import policies
+from semantic_ep.plan.predictors import choose_predictor
 from semantic_ep.plan.samples import Evidence, sample_layer
 from semantic_ep.plan.search import SwapSearch, saving_by_pairs
 from semantic_ep.plan.slices import equal_slices
@@ -144,7 +145,9 @@ def test_never_worse_than_a_baseline_start_by_the_solvers_own_objective(start):
 def test_the_same_seed_gives_the_same_placement():
     trace = planted_trace(seed=4)
     profile = RoutingProfile.from_trace(trace)
-    evidence = Evidence.gather(trace, profile, ep_size=4, seed=0)
+    evidence = Evidence(
+        trace=trace, predictor=choose_predictor(trace, profile, ep_size=4, batch=512)
+    )
     policy = dataclasses.replace(FAST, evidence=evidence)
     first, second = (policy.place(profile, ep_size=4, seed=7) for _ in range(2))
     np.testing.assert_array_equal(first.physical_to_logical_map, second.physical_to_logical_map)

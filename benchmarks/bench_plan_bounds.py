@@ -1,0 +1,118 @@
+"""How close the semantic plan comes to what knowing the true routes would reach.
+
+For each trace and EP size, on the evaluated requests and under the same equal slices or windows:
+
+* reached: planned on the profiled requests, home ranks predicted;
+* oracle homes: the same placement, home ranks chosen knowing the true routes. No predictor can do
+  better on this placement;
+* oracle placement and homes: the placement too is planned on the evaluated requests and their true
+  routes. The search is heuristic, so this is what is known to be possible, not a proof.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.registry import Result, Table
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.traces import RoutingTrace
+from semantic_ep.plan.bounds import oracle_home_ranks
+from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.predictors import choose_predictor, multihot
+from semantic_ep.plan.samples import Evidence
+from semantic_ep.plan.slices import BATCH_TOKENS
+from semantic_ep.plan.solver import SemanticPolicy
+from semantic_ep.plan.verdict import home_ranks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the theme's flags."""
+    parser.add_argument("--trace", type=Path, required=True, action="append")
+    parser.add_argument("--num-experts", type=int, help="experts of the traces' model")
+    parser.add_argument("--ep", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--mode", choices=("tokens", "requests"), default="tokens")
+    parser.add_argument("--profile-fraction", type=float, default=0.2)
+    parser.add_argument("--seeds", type=int, default=1)
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Measure the three levels."""
+    from semantic_ep.observe.formats import read_npz_trace
+
+    rows = []
+    for path in args.trace:
+        trace = read_npz_trace(path, num_experts=args.num_experts)
+        for ep_size in args.ep:
+            for seed in range(args.seeds):
+                parts = trace.split(args.profile_fraction, seed=seed)
+                case = {"trace": path.stem, "ep_size": ep_size, "mode": args.mode, "seed": seed}
+                rows += [{**case, **row} for row in _levels(*parts, ep_size, seed, args.mode)]
+    summary = []
+    for key in dict.fromkeys((r["trace"], r["ep_size"], r["level"]) for r in rows):
+        same = [r for r in rows if (r["trace"], r["ep_size"], r["level"]) == key]
+        figures = {
+            name: statistics.fmean(r[name] for r in same)
+            for name in ("lar", "remote_copies", "load_max_over_mean", "tokens_max_over_mean")
+        }
+        summary.append({"trace": key[0], "ep_size": key[1], "level": key[2], **figures})
+    protocol = {"profile_fraction": args.profile_fraction, "seeds": args.seeds, "mode": args.mode}
+    return Result(
+        theme="plan_bounds",
+        protocol=protocol,
+        rows=rows,
+        tables=[Table(title="mean over layers and seeds", rows=summary)],
+    )
+
+
+def _levels(
+    profiled: RoutingTrace, evaluated: RoutingTrace, ep_size: int, seed: int, mode: str
+) -> list[dict[str, Any]]:
+    vocab = int(max(profiled.token_id.max(), evaluated.token_id.max())) + 1
+    profile = RoutingProfile.from_trace(profiled, vocab_size=vocab)
+    policy = SemanticPolicy(mode="tokens" if mode == "tokens" else "requests")
+    predictor = None
+    if policy.mode == "tokens":
+        predictor = choose_predictor(
+            profiled, profile, ep_size=ep_size, batch=BATCH_TOKENS, seed=seed
+        )
+        evidence = Evidence(trace=profiled, predictor=predictor)
+        policy = dataclasses.replace(policy, evidence=evidence)
+    placement = policy.place(profile, ep_size=ep_size, seed=seed)
+    home = home_ranks(evaluated, placement, profile, policy.mode, predictor=predictor)
+    knowing = dataclasses.replace(
+        policy, evidence=Evidence(trace=evaluated, predictor=KnownRoutes(trace=evaluated))
+    )
+    best = knowing.place(
+        RoutingProfile.from_trace(evaluated, vocab_size=vocab), ep_size=ep_size, seed=seed
+    )
+    levels = {
+        "reached": (placement, home),
+        "oracle homes": (placement, oracle_home_ranks(placement, evaluated, mode)),
+        "oracle placement and homes": (best, oracle_home_ranks(best, evaluated, mode)),
+    }
+    return [
+        {"level": name, **evaluate(where, evaluated, homes).mean()}
+        for name, (where, homes) in levels.items()
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownRoutes:
+    """Predicts exactly what a trace did: an oracle.
+
+    Attributes:
+        trace: The trace.
+    """
+
+    trace: RoutingTrace
+
+    def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
+        """[T, E] float32, 1 for the experts that tokens activate."""
+        assert trace is self.trace
+        return multihot(trace.experts[rows, layer], trace.fingerprint.num_experts)
