@@ -13,7 +13,7 @@ from semantic_ep.plan.predictors import TrainingScores, multihot
 from semantic_ep.plan.search import saving_by_pairs
 from semantic_ep.plan.slices import BATCH_TOKENS
 
-_TOKENS = 3072
+_TOKENS = 4096
 _MAX_BATCHES = 64
 
 
@@ -38,6 +38,7 @@ class LayerSample:
         active_NE: Whether a token does activate an expert, or None.
         pairs_EE: See `saving_by_pairs`.
         load_E: Activations of each expert in the profile.
+        top_k: Experts a token activates (K).
         batches: Batches of equal size that the N tokens come from, adjacent.
     """
 
@@ -45,6 +46,7 @@ class LayerSample:
     active_NE: np.ndarray | None
     pairs_EE: np.ndarray
     load_E: np.ndarray
+    top_k: int
     batches: int
 
     def part(self, tokens: np.ndarray, experts: np.ndarray) -> LayerSample:
@@ -55,6 +57,7 @@ class LayerSample:
             active_NE=active,
             pairs_EE=self.pairs_EE[np.ix_(experts, experts)],
             load_E=self.load_E[experts],
+            top_k=self.top_k,
             batches=1,
         )
 
@@ -93,6 +96,7 @@ def sample_layer(
         active_NE=active,
         pairs_EE=pairs,
         load_E=profile.load[layer],
+        top_k=top_k,
         batches=batches,
     )
 
@@ -106,6 +110,7 @@ def _blind_sample(profile: RoutingProfile, layer: int, pairs: np.ndarray) -> Lay
         active_NE=None,
         pairs_EE=pairs,
         load_E=load,
+        top_k=profile.fingerprint.top_k,
         batches=1,
     )
 

@@ -36,10 +36,10 @@ MIN_SEQUENCES_PER_RANK = 8
 # A start costs about the square of the experts, a search about their number: with more experts
 # than this, fewer of both keep the time of a layer about the same.
 _FULL_EFFORT_EXPERTS = 64
+# Sequences that half a profile must hold to tell how loads vary.
+_MIN_HALF = 16
 # Rows of a co-clustering when token ids stand in for sequences.
 _MAX_TOKEN_IDS = 4096
-# Below what users ask for on other requests (1.15), since those differ from the profile.
-LOAD_CAP = 1.06
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,16 @@ class SemanticPolicy:
         starts: Random starts of the co-clustering, up to 64 experts; fewer beyond.
         searches: Best starts that a local search continues from, in each layer; fewer beyond.
         steps: Steps of each local search.
+        max_load: Expert load a rank, over the mean, to keep below on other requests; see
+            `load_cap`.
         evidence: Raw trace and predictor, when there are any; for mode "tokens".
     """
 
     mode: Mode = "tokens"
     starts: int = 12
-    searches: int = 3
-    steps: int = 400
+    searches: int = 4
+    steps: int = 500
+    max_load: float = 1.15
     evidence: Evidence | None = None
 
     @property
@@ -88,6 +91,7 @@ class SemanticPolicy:
             deadline = None if time_limit is None else started + time_limit
             ranks = self._place_requests(profile, ep_size, seed, deadline, topology)
             return Placement.from_rank_of_expert(ranks, ep_size=ep_size)
+        cap = load_cap(profile, ep_size=ep_size, allowed=self.max_load, seed=seed)
         ranks = contiguous.rank_of_expert.astype(np.int64)
         balanced = greedy_load_placement(profile.load, ep_size=ep_size).rank_of_expert
         try:
@@ -98,7 +102,7 @@ class SemanticPolicy:
                 sample = sample_layer(profile, self.evidence, layer, ep_size=ep_size, seed=seed)
                 known = [ranks[layer], balanced[layer]]
                 ranks[layer] = self._place_layer(
-                    sample, known, fingerprint.top_k, ep_size, (seed, layer), deadline, topology
+                    sample, known, cap, ep_size, (seed, layer), deadline, topology
                 )
         except KeyboardInterrupt:
             logger.warning("interrupted: layers from %d on keep contiguous placement", layer)
@@ -108,7 +112,7 @@ class SemanticPolicy:
         self,
         sample: LayerSample,
         known: list[np.ndarray],
-        top_k: int,
+        cap: float,
         ep_size: int,
         seed: tuple[int, int],
         deadline: float | None,
@@ -118,10 +122,10 @@ class SemanticPolicy:
         rng = np.random.default_rng(seed)
         per_node = _equal_nodes(topology, ep_size)
         if per_node is None:
-            return self._place_flat(sample, known, top_k, ep_size, rng, deadline)
+            return self._place_flat(sample, known, cap, ep_size, rng, deadline)
         nodes = ep_size // per_node
         on_nodes = [rank_E // per_node for rank_E in known]
-        node_E = self._place_flat(sample, on_nodes, top_k, nodes, rng, deadline)
+        node_E = self._place_flat(sample, on_nodes, cap, nodes, rng, deadline)
         scores = sample.expected_NE @ np.eye(nodes, dtype=np.float32)[node_E]
         home = choose_ranks(scores, np.ones(len(scores)))
         rank_E = np.empty(len(node_E), dtype=np.int64)
@@ -131,7 +135,7 @@ class SemanticPolicy:
             part = sample.part(tokens, experts)
             start = np.arange(len(experts)) * per_node // len(experts)
             inner = dataclasses.replace(self, starts=1, searches=1, steps=self.steps // 4)
-            local = inner._place_flat(part, [start], top_k, per_node, rng, deadline)
+            local = inner._place_flat(part, [start], cap, per_node, rng, deadline)
             rank_E[experts] = node * per_node + local
         return rank_E
 
@@ -139,7 +143,7 @@ class SemanticPolicy:
         self,
         sample: LayerSample,
         known: list[np.ndarray],
-        top_k: int,
+        cap: float,
         ep_size: int,
         rng: np.random.Generator,
         deadline: float | None,
@@ -158,8 +162,8 @@ class SemanticPolicy:
                 weight,
                 ep_size,
                 rng=rng,
-                pairs_LEE=sample.pairs_EE[None] / top_k,
-                load_cap=LOAD_CAP,
+                pairs_LEE=sample.pairs_EE[None] / sample.top_k,
+                load_cap=cap,
                 deadline=deadline,
             )
             starts.append(ranks[0])
@@ -170,9 +174,9 @@ class SemanticPolicy:
             sample.active_NE,
             sample.load_E,
             ep_size=ep_size,
-            top_k=top_k,
+            top_k=sample.top_k,
             batches=sample.batches,
-            load_cap=LOAD_CAP,
+            load_cap=cap,
             pairs_EE=sample.pairs_EE if sample.active_NE is None else None,
         )
         # Where a search begins matters more than how long it goes on: several short ones.
@@ -209,23 +213,29 @@ class SemanticPolicy:
             saving_by_pairs(together, tokens=profile.tokens, top_k=top_k, ep_size=ep_size) / top_k
             for together in profile.coactivation
         ]
+        cap = load_cap(profile, ep_size=ep_size, allowed=self.max_load, seed=seed)
         rows = _RequestRows(tables=tables, weight=weight, pairs_LEE=np.stack(pairs))
         per_node = _equal_nodes(topology, ep_size)
         if per_node is None:
-            return self._cluster_requests(rows, ep_size, rng, deadline)
+            return self._cluster_requests(rows, cap, ep_size, rng, deadline)
         nodes = ep_size // per_node
-        node_LE = self._cluster_requests(rows, nodes, rng, deadline)
+        node_LE = self._cluster_requests(rows, cap, nodes, rng, deadline)
         home = choose_ranks(rows.on_ranks(node_LE, nodes) / weight[:, None], weight)
         rank_LE = np.empty((layers, experts), dtype=np.int64)
         for node in range(nodes):
             columns = np.stack([np.flatnonzero(row == node) for row in node_LE])
             part = rows.part(np.flatnonzero(home == node), columns)
-            inner = self._cluster_requests(part, per_node, rng, deadline)
+            inner = self._cluster_requests(part, cap, per_node, rng, deadline)
             np.put_along_axis(rank_LE, columns, node * per_node + inner, axis=1)
         return rank_LE
 
     def _cluster_requests(
-        self, rows: _RequestRows, ep_size: int, rng: np.random.Generator, deadline: float | None
+        self,
+        rows: _RequestRows,
+        cap: float,
+        ep_size: int,
+        rng: np.random.Generator,
+        deadline: float | None,
     ) -> np.ndarray:
         """[L, E] ranks: the best clustering of several starts, contiguous placement among them."""
         layers, experts = rows.pairs_LEE.shape[:2]
@@ -242,7 +252,7 @@ class SemanticPolicy:
                     ep_size,
                     rng=rng,
                     pairs_LEE=rows.pairs_LEE,
-                    load_cap=LOAD_CAP,
+                    load_cap=cap,
                     first=contiguous if start == 0 else None,
                     deadline=deadline,
                 )
@@ -286,6 +296,38 @@ class _RequestRows:
                 [pairs[np.ix_(own, own)] for pairs, own in zip(self.pairs_LEE, expert_LE)]
             ),
         )
+
+
+def load_cap(profile: RoutingProfile, *, ep_size: int, allowed: float, seed: int) -> float:
+    """Expert load a rank, over the mean, to plan for, so that other requests stay below `allowed`.
+
+    How much a rank's load differs between one half of the profile's sequences and the other, for
+    random groups of experts, tells how much it will grow on requests not seen. Halves differ by
+    twice what the whole differs from the truth. Without sequences, less than half of what is
+    allowed above the mean is used.
+
+    Args:
+        profile: Counts planned on.
+        ep_size: EP ranks (G).
+        allowed: Largest load over the mean to expect on other requests.
+        seed: Seed of halves and groups.
+    """
+    rng = np.random.default_rng(seed)
+    sequences = rng.permutation(profile.sequence_load, axis=0)
+    half = len(sequences) // 2
+    if half < _MIN_HALF:
+        return 1 + 0.4 * (allowed - 1)
+    loads = [part.sum(axis=0, dtype=np.float64) for part in (sequences[:half], sequences[half:])]
+    layers, experts = loads[0].shape
+    growth = []
+    for _ in range(8):
+        order = rng.permutation(experts)
+        one, other = (
+            load[:, order].reshape(layers, ep_size, -1).sum(axis=2) / load.sum(axis=1)[:, None]
+            for load in loads
+        )
+        growth.append((other / np.maximum(one, 1e-12)).max(axis=1).mean() - 1)
+    return float(np.clip(allowed / (1 + np.mean(growth) / 2), 1.02, allowed))
 
 
 def _equal_nodes(topology: Topology | None, ep_size: int) -> int | None:

@@ -17,7 +17,7 @@ from semantic_ep.plan.predictors import choose_predictor
 from semantic_ep.plan.samples import Evidence, sample_layer
 from semantic_ep.plan.search import SwapSearch, saving_by_pairs
 from semantic_ep.plan.slices import equal_slices
-from semantic_ep.plan.solver import LOAD_CAP, SemanticPolicy
+from semantic_ep.plan.solver import SemanticPolicy, load_cap
 from semantic_ep.plan.verdict import home_ranks
 from semantic_ep.topology import Topology
 from tests.unit.plan.synthetic import planted_trace, random_trace
@@ -134,7 +134,7 @@ def test_never_worse_than_a_baseline_start_by_the_solvers_own_objective(start):
             ep_size=4,
             top_k=3,
             batches=1,
-            load_cap=LOAD_CAP,
+            load_cap=load_cap(profile, ep_size=4, allowed=1.15, seed=3),
             pairs_EE=sample.pairs_EE,
         )
         assert search.start(ours.rank_of_expert[layer]) >= (
@@ -221,3 +221,13 @@ def test_pairs_save_exactly_what_random_placement_saves():
     predicted = pairs[same].sum() / 2
     distinct = np.mean([len(set(rank_E[row])) for row in trace.experts[:, 0]])
     assert predicted == pytest.approx(4 - distinct, rel=0.03)
+
+
+def test_the_load_planned_for_leaves_room_for_how_much_sequences_differ():
+    steady = RoutingProfile.from_trace(planted_trace(requests=400, noise=1.0))
+    caps = [load_cap(steady, ep_size=4, allowed=1.15, seed=0)]
+    few = RoutingProfile.from_trace(planted_trace(requests=40, length=8, noise=0.0))
+    caps.append(load_cap(few, ep_size=4, allowed=1.15, seed=0))
+    assert 1.15 > caps[0] > caps[1] >= 1.02
+    unknown = dataclasses.replace(few, sequence_load=few.sequence_load[:0])
+    assert load_cap(unknown, ep_size=4, allowed=1.15, seed=0) == pytest.approx(1.06)
