@@ -27,6 +27,7 @@ from chunks import Chunks
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
+from trainlog import log_step
 
 from semantic_ep.apply.checkpoint.writer import check_vacant
 from semantic_ep.config import SECTION, SemanticEPConfig, add_arguments, section_of
@@ -184,23 +185,10 @@ def train(engine: Any, args: argparse.Namespace, tracker: Tracker, *, pad: int) 
                 "seconds": time.monotonic() - started,
             }
             window.zero_()
-            log(row, args.output, tracker)
+            shown = f"expert load max/mean {row['expert_load_max_over_mean']:.2f}"
+            log_step(row, args.output, tracker, shown=shown)
         if args.save_interval and step % args.save_interval == 0 and step < args.steps:
             engine.save_checkpoint(str(args.output / "checkpoint"))
-
-
-def log(row: dict[str, Any], output: Path, tracker: Tracker) -> None:
-    """Append a row to train.jsonl, on rank 0, and track it."""
-    if dist.get_rank() != 0:
-        return
-    with (output / "train.jsonl").open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
-    metrics = {f"train/{name}": value for name, value in row.items() if name != "step"}
-    tracker.log(metrics, step=row["step"])
-    tqdm.write(
-        f"step {row['step']:>5}  loss {row['loss']:.3f}  "
-        f"expert load max/mean {row['expert_load_max_over_mean']:.2f}"
-    )
 
 
 def route_documents(

@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import json
 import logging
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from megatron_arguments import parse_arguments
 from megatron_model import Training, build, load, model_config, save
 from torch import distributed as dist
 from tqdm import tqdm
+from trainlog import log_step
 
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import BackendError, ConfigError, SemanticEPError, explain
@@ -194,7 +193,7 @@ def train(training: Training, args: argparse.Namespace, batches: Batches, tracke
                 "gradient_norm": float(gradient_norm),
             }
             window.zero_()
-            log(row, args.output, tracker)
+            log_step(row, args.output, tracker, shown=f"lr {row['lr']:.2e}")
         if args.eval_interval and training.step % args.eval_interval == 0:
             evaluate(training, args, batches, tracker)
         if training.step % args.save_interval == 0 or last:
@@ -211,17 +210,6 @@ def evaluate(
         for number in range(1, args.eval_iters + 1):
             sums += forward_backward(training, batches.of_step(-number), evaluate=True).cpu()
     tracker.log({"train/eval_loss": float(sums[0] / sums[1])}, step=training.step)
-
-
-def log(row: dict[str, Any], output: Path, tracker: Tracker) -> None:
-    """Append a row to train.jsonl, on rank 0, and track it."""
-    if dist.get_rank() != 0:
-        return
-    with (output / "train.jsonl").open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
-    metrics = {f"train/{name}": value for name, value in row.items() if name != "step"}
-    tracker.log(metrics, step=row["step"])
-    tqdm.write(f"step {row['step']:>5}  loss {row['loss']:.3f}  lr {row['lr']:.2e}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
+import filecmp
 import json
 import os
 import shlex
@@ -18,6 +18,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
+
+from semantic_ep.serve.summary import wire_bytes
 
 REPO = Path(__file__).resolve().parents[1]
 EXIT_OK, EXIT_NO, EXIT_ERROR = 0, 1, 2
@@ -175,16 +179,10 @@ def check_undo(run: Path) -> None:
     for original in sorted((run / "model").rglob("*")):
         if original.is_file():
             restored = run / "restored" / original.relative_to(run / "model")
-            if not restored.is_file() or digest(restored) != digest(original):
+            if not restored.is_file() or not filecmp.cmp(original, restored, shallow=False):
                 print(f"error: undo did not restore {original.name}", file=sys.stderr)
                 raise SystemExit(EXIT_ERROR)
     shutil.rmtree(run / "restored")
-
-
-def digest(file: Path) -> str:
-    """sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def summarise(run: Path, seconds: float) -> int:
@@ -194,8 +192,8 @@ def summarise(run: Path, seconds: float) -> int:
     print(f"Finished in {seconds:.0f} s. As served on {serve['ep_size']} ranks, from counters:\n")
     print(f"{'':28}{'contiguous':>12}{'semantic':>12}{'change':>9}")
     for label, value in (
-        ("local activation rate", lambda mode: mean(mode["lar"])),
-        ("remote copies a token", lambda mode: mean(mode["remote_copies"])),
+        ("local activation rate", lambda mode: np.mean(mode["lar"])),
+        ("remote copies a token", lambda mode: np.mean(mode["remote_copies"])),
         ("all-to-all bytes sent (MB)", lambda mode: wire_bytes(mode) / 1e6),
     ):
         before, after = value(modes["contiguous"]), value(modes["semantic"])
@@ -208,22 +206,6 @@ def summarise(run: Path, seconds: float) -> int:
         f"\nReport: {(run / 'report.html').relative_to(REPO)}"
     )
     return EXIT_OK if identical else EXIT_NO
-
-
-def wire_bytes(mode: dict[str, list[list[int]]]) -> int:
-    """Dispatch and combine bytes that left their rank."""
-    return sum(
-        value
-        for matrix in (mode["bytes_dispatch"], mode["bytes_combine"])
-        for i, row in enumerate(matrix)
-        for j, value in enumerate(row)
-        if i != j
-    )
-
-
-def mean(values: list[float]) -> float:
-    """Mean over layers."""
-    return sum(values) / len(values)
 
 
 def yes(answer: bool) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import logging
 from typing import TYPE_CHECKING, Protocol
 
@@ -86,8 +87,17 @@ class Backend(Protocol):
         ...
 
 
-class _Torch:
-    name = "torch"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _CollectivesBackend:
+    """A dispatcher made of torch.distributed's collectives.
+
+    Attributes:
+        name: In the registry.
+        target: "module:class" of the dispatcher, imported when one is made.
+    """
+
+    name: str
+    target: str
 
     def is_available(self) -> tuple[bool, str]:
         return _torch_distributed()
@@ -103,31 +113,9 @@ class _Torch:
         stats: DispatchStats,
         max_tokens: int | None,
     ) -> Dispatcher:
-        from semantic_ep.runtime.torch_dispatch import TorchDispatcher
-
-        return TorchDispatcher(group=group, slots_per_rank=slots_per_rank, stats=stats)
-
-
-class _Reference:
-    name = "reference"
-
-    def is_available(self) -> tuple[bool, str]:
-        return _torch_distributed()
-
-    def supports(self, call: DispatchCall) -> tuple[bool, str]:
-        return True, "any dtype and device that torch.distributed moves"
-
-    def create(
-        self,
-        *,
-        group: ProcessGroup,
-        slots_per_rank: int,
-        stats: DispatchStats,
-        max_tokens: int | None,
-    ) -> Dispatcher:
-        from semantic_ep.runtime.reference_dispatch import ReferenceDispatcher
-
-        return ReferenceDispatcher(group=group, slots_per_rank=slots_per_rank, stats=stats)
+        module, name = self.target.split(":")
+        dispatcher = getattr(importlib.import_module(module), name)
+        return dispatcher(group=group, slots_per_rank=slots_per_rank, stats=stats)
 
 
 def _torch_distributed() -> tuple[bool, str]:
@@ -146,8 +134,12 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         KernelsBackend(),
-        _Torch(),
-        _Reference(),
+        _CollectivesBackend(
+            name="torch", target="semantic_ep.runtime.torch_dispatch:TorchDispatcher"
+        ),
+        _CollectivesBackend(
+            name="reference", target="semantic_ep.runtime.reference_dispatch:ReferenceDispatcher"
+        ),
         DeepEPBackend(),
         EmulatedKernelsBackend(),
     )

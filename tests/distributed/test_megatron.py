@@ -162,7 +162,7 @@ def _observed_and_expected(rank, world_size, directory, tensor_parallel, recompu
     """A profile, and the same counts by a slower way: one pass for each batch, by hand."""
     from semantic_ep.artifacts import ModelFingerprint
     from semantic_ep.config import ObserveConfig
-    from semantic_ep.integrations.megatron import RoutingObservation
+    from semantic_ep.integrations.megatron import ModelObservation
 
     tiny.start(tensor_parallel=tensor_parallel)
     changes = {"recompute_granularity": "full", "recompute_method": "uniform"} if recompute else {}
@@ -172,7 +172,7 @@ def _observed_and_expected(rank, world_size, directory, tensor_parallel, recompu
     fingerprint = ModelFingerprint(
         architecture="gpt", layer_ids=(0, 1), num_experts=tiny.EXPERTS, top_k=tiny.TOP_K
     )
-    observation = RoutingObservation(
+    observation = ModelObservation(
         trainer.model,
         ObserveConfig(output=str(directory / "profile")),
         fingerprint=fingerprint,
@@ -240,7 +240,7 @@ def _errors(rank, world_size):
     from semantic_ep.artifacts import ModelFingerprint
     from semantic_ep.config import ObserveConfig, SemanticEPConfig
     from semantic_ep.errors import CheckpointError, ConfigError, PlacementError
-    from semantic_ep.integrations.megatron import PlacedLayers, RoutingObservation, SemanticRun
+    from semantic_ep.integrations.megatron import ModelObservation, PlacedLayers, SemanticRun
     from semantic_ep.plan.placement import Placement
 
     tiny.start()
@@ -274,7 +274,7 @@ def _errors(rank, world_size):
     )
 
     def observe(model):
-        return RoutingObservation(
+        return ModelObservation(
             model, ObserveConfig(output="x"), fingerprint=fingerprint, vocab_size=tiny.VOCAB
         )
 

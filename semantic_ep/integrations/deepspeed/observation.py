@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from semantic_ep.artifacts import ModelFingerprint, hash_arrays
+from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import ObserveConfig
 from semantic_ep.errors import ConfigError, explain
-from semantic_ep.observe.counters import CounterLimits
-from semantic_ep.observe.profile import RoutingProfile
-from semantic_ep.observe.recorder import RoutingRecorder
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-logger = logging.getLogger(__name__)
-
-PROFILE_IN_CHECKPOINT = "routing_profile"
+from semantic_ep.integrations.observation import (
+    RoutingObservation,
+    experts_of_map,
+    sequence_numbers,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +91,10 @@ def find_routers(model: nn.Module) -> list[ObservedRouter]:
     return routers
 
 
-class RoutingObservation:
-    """The recorder of one engine, its hooks, and where its profile goes."""
+class EngineObservation(RoutingObservation):
+    """Observes the routers of one DeepSpeed engine."""
+
+    framework = "deepspeed"
 
     def __init__(
         self,
@@ -121,79 +115,16 @@ class RoutingObservation:
         Raises:
             ConfigError: The engine runs in a way in which tokens would not be counted right.
         """
-        self._engine, self._config, self._fingerprint = engine, config, fingerprint
         self._routers = find_routers(engine.module)
         _check_shape(self._routers, fingerprint)
-        self._group, counts_here = _data_parallel_group(engine)
-        halflife = config.halflife_steps
-        self.recorder = RoutingRecorder(
-            num_layers=len(self._routers),
-            num_experts=fingerprint.num_experts,
-            top_k=fingerprint.top_k,
-            vocab_size=vocab_size,
-            halflife_steps=None if halflife == "auto" else halflife,
-            limits=CounterLimits(sample_tokens=config.sample_tokens),
-            seed=dist.get_rank(),
-        )
-        self._handles: list[RemovableHandle] = []
+        group, counts_here = _data_parallel_group(engine)
+        super().__init__(config, fingerprint=fingerprint, vocab_size=vocab_size, group=group)
         if counts_here:
             self._attach(engine.module)
 
-    def step(self) -> None:
-        """The optimizer has stepped."""
-        self.recorder.step()
-
-    def fingerprint(self) -> ModelFingerprint:
-        """The model with its routers as they are now; collective under ZeRO 3."""
-        weights = [_whole(router.weight).float().cpu().numpy() for router in self._routers]
-        return dataclasses.replace(self._fingerprint, router_sha256=hash_arrays(weights))
-
-    def save(self, checkpoint: str | os.PathLike[str] | None = None) -> RoutingProfile | None:
-        """Write the profile of all ranks; collective.
-
-        Args:
-            checkpoint: Directory of a checkpoint that gets a copy, to resume from.
-
-        Returns:
-            The profile on the rank that wrote it, None on the others.
-        """
-        fingerprint = self.fingerprint()
-        profile = self.recorder.profile(
-            fingerprint,
-            group=self._group,
-            min_count=self._config.min_count,
-            meta={"framework": "deepspeed", "ranks": dist.get_world_size()},
-        )
-        trace = None
-        if self._config.sample_tokens:
-            trace = self.recorder.trace(fingerprint, group=self._group)
-        if profile is None or dist.get_rank() != 0:
-            return None
-        output = Path(self._config.output)
-        profile.save(output)
-        if checkpoint is not None:
-            profile.save(Path(checkpoint) / PROFILE_IN_CHECKPOINT)
-        if trace is not None:
-            trace.save(output.with_name(f"{output.name}-sample"))
-        logger.info(
-            "routing profile of %.0f tokens in %s; recorder holds %.1f MB; dropped mass <= %.2g",
-            profile.tokens,
-            output,
-            self.recorder.counters.nbytes / 1e6,
-            profile.dropped_mass.max(),
-        )
-        return profile
-
-    def restore(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Go on from the profile in a checkpoint, if it has one. Rank 0 holds the old counts."""
-        saved = Path(checkpoint) / PROFILE_IN_CHECKPOINT
-        if dist.get_rank() == 0 and saved.exists():
-            self.recorder.counters.restore(RoutingProfile.read(saved))
-
-    def detach(self) -> None:
-        """Remove all hooks."""
-        while self._handles:
-            self._handles.pop().remove()
+    def router_weights(self) -> list[Tensor]:
+        """See `RoutingObservation`; collective under ZeRO 3."""
+        return [_whole(router.weight) for router in self._routers]
 
     def _attach(self, model: nn.Module) -> None:
         self._handles += [
@@ -212,7 +143,7 @@ class RoutingObservation:
         self.recorder.start_micro_batch(
             token_id_BS.reshape(-1),
             mask_T=_mask(kwargs.get("attention_mask"), token_id_BS),
-            sequence_T=_sequences(kwargs.get("position_ids"), token_id_BS),
+            sequence_T=sequence_numbers(kwargs.get("position_ids"), token_id_BS).reshape(-1),
         )
 
     def _end_pass(self, *_: Any) -> None:
@@ -230,8 +161,7 @@ def _native_experts(output: tuple[Any, ...], top_k: int) -> Tensor:
     if len(output) > 4:  # Sparse: (loss, capacity, experts, indices [K, T], locations, ...).
         return output[3].t()
     sent_TE = output[2].any(dim=2)  # Dense: (loss, weights, mask [T, E, capacity], counts).
-    held, expert_TK = sent_TE.to(torch.uint8).topk(top_k, dim=1)
-    return expert_TK.masked_fill(held == 0, -1)
+    return experts_of_map(sent_TE, top_k)
 
 
 def _token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -264,15 +194,6 @@ def _mask(attention_mask: Any, token_id_BS: Tensor) -> Tensor | None:
             allowed=f"shape {tuple(token_id_BS.shape)}, as the token ids",
         )
     )
-
-
-def _sequences(position_ids: Any, token_id_BS: Tensor) -> Tensor:
-    """[T] number of each token's sequence: rows, cut where positions start again."""
-    starts_BS = torch.zeros_like(token_id_BS, dtype=torch.int32)
-    starts_BS[:, 0] = 1
-    if isinstance(position_ids, Tensor) and position_ids.shape == token_id_BS.shape:
-        starts_BS |= (position_ids == 0).to(torch.int32)
-    return starts_BS.reshape(-1).cumsum(0, dtype=torch.int32)
 
 
 def _check_shape(routers: list[ObservedRouter], fingerprint: ModelFingerprint) -> None:

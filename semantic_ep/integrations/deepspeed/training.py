@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import SECTION, SemanticEPConfig, section_of
 from semantic_ep.errors import CheckpointError, ConfigError, PeerFailureError, explain
-from semantic_ep.integrations.deepspeed.observation import RoutingObservation, find_routers
+from semantic_ep.integrations.deepspeed.observation import EngineObservation, find_routers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +47,7 @@ def initialize(
 
     With `enabled` and `observe.output` set, the routing of training tokens is recorded; the
     profile is written by `engine.save_checkpoint` and read back by `engine.load_checkpoint`.
-    `engine.semantic_ep` is the `RoutingObservation`, or None.
+    `engine.semantic_ep` is the `EngineObservation`, or None.
 
     Args:
         args: As in DeepSpeed; `--semantic-ep-...` flags in it override the JSON.
@@ -77,7 +77,7 @@ def initialize(
     )
     engine.semantic_ep = None
     if observe:
-        engine.semantic_ep = RoutingObservation(
+        engine.semantic_ep = EngineObservation(
             engine,
             settings.observe,
             fingerprint=identity or _identity_of_layers(engine.module),

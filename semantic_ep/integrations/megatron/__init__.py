@@ -10,13 +10,13 @@ In a script that builds a Megatron model:
 
 from semantic_ep.config import add_arguments
 from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
-from semantic_ep.integrations.megatron.observation import RoutingObservation
+from semantic_ep.integrations.megatron.observation import ModelObservation
 from semantic_ep.integrations.megatron.run import SemanticRun
 from semantic_ep.integrations.megatron.specs import place_experts
 
 __all__ = [
+    "ModelObservation",
     "PlacedLayers",
-    "RoutingObservation",
     "SemanticMoELayer",
     "SemanticRun",
     "add_arguments",

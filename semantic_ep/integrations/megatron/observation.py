@@ -7,40 +7,33 @@ runs in the backward pass, is counted.
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from semantic_ep.artifacts import ModelFingerprint, hash_arrays
+from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import ObserveConfig
 from semantic_ep.errors import ConfigError, explain
-from semantic_ep.observe.counters import CounterLimits
-from semantic_ep.observe.profile import RoutingProfile
-from semantic_ep.observe.recorder import RoutingRecorder
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-logger = logging.getLogger(__name__)
-
-PROFILE_IN_CHECKPOINT = "routing_profile"
+from semantic_ep.integrations.observation import (
+    RoutingObservation,
+    experts_of_map,
+    sequence_numbers,
+)
 
 
-class RoutingObservation:
-    """The recorder of one model, its hooks, and where its profile goes.
+class ModelObservation(RoutingObservation):
+    """Observes the routers of one Megatron model.
 
     The forward pass must get its token ids as `input_ids`, [batch, sequence], already cut to this
     context-parallel rank, as Megatron's own batches are. Of tensor-parallel ranks that see the same
     tokens the first one counts; with sequence parallelism each counts its part of every sequence.
     """
+
+    framework = "megatron-core"
 
     def __init__(
         self,
@@ -68,78 +61,23 @@ class RoutingObservation:
             model = model.module
         self._layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         _check_hookable(model.config, self._layers)
-        self._config, self._fingerprint = config, fingerprint
+        super().__init__(
+            config,
+            fingerprint=fingerprint,
+            vocab_size=vocab_size,
+            group=dist.new_group(backend="gloo"),
+        )
         self._pad_token_id = pad_token_id
         self._tensor_parallel = self._layers[0].attn_tp_group
         self._sequence_parallel = bool(model.config.sequence_parallel)
         self._top_k = int(model.config.moe_router_topk)
-        self._drops = model.config.moe_expert_capacity_factor is not None
         self._shape_BS: tuple[int, int] | None = None
-        # Profiles are combined on the host, which NCCL cannot do.
-        self._group = dist.new_group(backend="gloo")
-        halflife = config.halflife_steps
-        self.recorder = RoutingRecorder(
-            num_layers=fingerprint.num_layers,
-            num_experts=fingerprint.num_experts,
-            top_k=fingerprint.top_k,
-            vocab_size=vocab_size,
-            halflife_steps=None if halflife == "auto" else halflife,
-            limits=CounterLimits(sample_tokens=config.sample_tokens),
-            seed=dist.get_rank(),
-        )
-        self._handles: list[RemovableHandle] = []
         if self._sequence_parallel or self._tensor_parallel.rank() == 0:
             self._attach(model)
 
-    def step(self) -> None:
-        """The optimizer has stepped."""
-        self.recorder.step()
-
-    def fingerprint(self) -> ModelFingerprint:
-        """The model with its routers as they are now."""
-        weights = [layer.router.weight.detach().float().cpu().numpy() for layer in self._layers]
-        return dataclasses.replace(self._fingerprint, router_sha256=hash_arrays(weights))
-
-    def save(self, checkpoint: str | os.PathLike[str] | None = None) -> RoutingProfile | None:
-        """Write the profile of all ranks; collective.
-
-        Args:
-            checkpoint: Directory of a checkpoint that gets a copy, to resume from.
-
-        Returns:
-            The profile on the rank that wrote it, None on the others.
-        """
-        fingerprint = self.fingerprint()
-        profile = self.recorder.profile(
-            fingerprint,
-            group=self._group,
-            min_count=self._config.min_count,
-            meta={"framework": "megatron-core", "ranks": dist.get_world_size()},
-        )
-        trace = None
-        if self._config.sample_tokens:
-            trace = self.recorder.trace(fingerprint, group=self._group)
-        if profile is None:
-            return None
-        output = Path(self._config.output)
-        profile.save(output)
-        if checkpoint is not None:
-            profile.save(Path(checkpoint) / PROFILE_IN_CHECKPOINT)
-        if trace is not None:
-            trace.save(output.with_name(f"{output.name}-sample"))
-        logger.info("routing profile of %.0f tokens in %s", profile.tokens, output)
-        return profile
-
-    def restore(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Go on from the profile in a checkpoint, if it has one. Rank 0 holds the old counts."""
-        saved = Path(checkpoint) / PROFILE_IN_CHECKPOINT
-        if dist.get_rank() == 0 and saved.exists():
-            self.recorder.counters.restore(RoutingProfile.read(saved))
-
-    def detach(self) -> None:
-        """Remove all hooks."""
-        while self._handles:
-            self._handles.pop().remove()
+    def router_weights(self) -> list[Tensor]:
+        """See `RoutingObservation`."""
+        return [layer.router.weight for layer in self._layers]
 
     def _attach(self, model: nn.Module) -> None:
         self._handles += [
@@ -164,7 +102,7 @@ class RoutingObservation:
         padding_BS = kwargs.get("padding_mask")
         if padding_BS is None and self._pad_token_id is not None:
             padding_BS = token_id_BS == self._pad_token_id
-        sequence_BS = _sequences(kwargs.get("position_ids"), token_id_BS)
+        sequence_BS = sequence_numbers(kwargs.get("position_ids"), token_id_BS)
         token_id_BS = self._local(token_id_BS)
         self._shape_BS = tuple(token_id_BS.shape)
         self.recorder.start_micro_batch(
@@ -188,7 +126,7 @@ class RoutingObservation:
         def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
             if self._shape_BS is None:
                 return
-            expert_TK = self._chosen(output[1].detach())
+            expert_TK = experts_of_map(output[1].detach(), self._top_k)
             rows, length = self._shape_BS
             if len(expert_TK) == rows * length:
                 # Routers see sequences side by side: token t of every row, then token t + 1.
@@ -196,20 +134,6 @@ class RoutingObservation:
             self.recorder.record(ordinal, expert_TK)
 
         return hook
-
-    def _chosen(self, routing_map_TE: Tensor) -> Tensor:
-        """[T, K] experts of each token; -1 for activations that a capacity limit dropped."""
-        held, expert_TK = routing_map_TE.to(torch.uint8).topk(self._top_k, dim=1)
-        return expert_TK.masked_fill(held == 0, -1) if self._drops else expert_TK
-
-
-def _sequences(position_ids: Any, token_id_BS: Tensor) -> Tensor:
-    """[B, S] number of each token's sequence: rows, cut where positions start again."""
-    starts_BS = torch.zeros_like(token_id_BS, dtype=torch.int32)
-    starts_BS[:, 0] = 1
-    if isinstance(position_ids, Tensor) and position_ids.shape == token_id_BS.shape:
-        starts_BS |= (position_ids == 0).to(torch.int32)
-    return starts_BS.reshape(-1).cumsum(0, dtype=torch.int32).view_as(token_id_BS)
 
 
 def _check_hookable(config: Any, layers: list[MoELayer]) -> None:

@@ -13,7 +13,7 @@ from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.megatron.layer import PlacedLayers
-from semantic_ep.integrations.megatron.observation import RoutingObservation
+from semantic_ep.integrations.megatron.observation import ModelObservation
 from semantic_ep.integrations.megatron.specs import place_experts
 from semantic_ep.plan.plan import Plan
 
@@ -80,11 +80,11 @@ class SemanticRun:
 
     def observe(
         self, model: nn.Module, *, pad_token_id: int | None = None
-    ) -> RoutingObservation | None:
+    ) -> ModelObservation | None:
         """Attach to the built model; None where nothing is to be recorded. Collective."""
         if not self.config.enabled or self.config.observe.output == "auto":
             return None
-        return RoutingObservation(
+        return ModelObservation(
             model,
             self.config.observe,
             fingerprint=self.fingerprint,

@@ -1,0 +1,23 @@
+"""The training log that both training entries write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+from tqdm import tqdm
+
+from semantic_ep.tracking import Tracker
+
+
+def log_step(row: dict[str, Any], output: Path, tracker: Tracker, *, shown: str) -> None:
+    """Append a row to train.jsonl and track it, on rank 0; `shown` follows step and loss."""
+    if dist.get_rank() != 0:
+        return
+    with (output / "train.jsonl").open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    metrics = {f"train/{name}": value for name, value in row.items() if name != "step"}
+    tracker.log(metrics, step=row["step"])
+    tqdm.write(f"step {row['step']:>5}  loss {row['loss']:.3f}  {shown}")
