@@ -43,6 +43,14 @@ class PeerFailureError(SemanticEPError, RuntimeError):
     """Another rank died or stopped answering."""
 
 
+class RequestError(SemanticEPError, ValueError):
+    """A request to a server can never be served as it is."""
+
+
+class UnavailableError(SemanticEPError, RuntimeError):
+    """A server takes no requests now: it is full, draining, closed or has failed."""
+
+
 def explain(
     what: str,
     *,

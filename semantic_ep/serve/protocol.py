@@ -1,0 +1,355 @@
+"""What the HTTP front, the request scheduler and the engine agree on; free of torch.
+
+Rank 0 runs the front and the scheduler. The engine's loop runs on every rank, in lockstep; on
+rank 0 it lives in a thread of its own, so that everything here may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+RecordAction = Literal["start", "stop", "dump"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen, and when it ends.
+
+    Attributes:
+        max_tokens: New tokens at most, at least 1.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Smallest set of tokens with at least this probability, in (0, 1].
+        top_k: Most probable tokens to choose from; 0 means all.
+        seed: Of this request's draws, which then depend on nothing else; None: drawn.
+        stop: Texts that end the request; they are not part of the output.
+        stop_token_ids: Ids that end it besides the model's end-of-sequence ids.
+        ignore_eos: Whether to generate past the model's end-of-sequence ids.
+        logprobs: Alternatives to report with each token's log-probability; None: no
+            log-probabilities. They are those of the model, before temperature, top-k and top-p.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """One sequence to continue.
+
+    Attributes:
+        id: Unique among the requests that are not finished.
+        prompt_token_ids: At least one.
+        sampling: See there.
+    """
+
+    id: str
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """Log-probability of one generated token.
+
+    Attributes:
+        token_id: The token.
+        logprob: Natural logarithm of its probability.
+        top: (id, log-probability) of the most probable tokens, falling.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """Progress of a request: what to append to its output.
+
+    Attributes:
+        request_id: Of which request.
+        token_ids: New tokens, the one that ended the request included.
+        text: New text. It lags behind the tokens while a character is incomplete or a stop text
+            may have begun; the last event brings the rest. Empty without a tokenizer.
+        finish_reason: Set in the last event of a request, and only there.
+        stop_reason: Stop text or token id that ended it, if one did.
+        error: What went wrong, with finish_reason "error".
+        logprobs: One for each of `token_ids` if asked for.
+        rank: EP rank that serves the request; -1 if it never reached one.
+        cached_tokens: Prompt tokens found in the prefix cache.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    rank: int = -1
+    cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankLoad:
+    """What one rank has to do, as of its last step.
+
+    Attributes:
+        running: Sequences that hold KV blocks.
+        waiting: Requests assigned to the rank that hold none yet, pre-empted ones included.
+        pending_tokens: Tokens of all of these that are still to be prefilled.
+        kv_tokens_used: KV cache positions in blocks that sequences hold.
+        kv_tokens_total: KV cache positions of the rank.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pending_tokens: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_total: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """A request leaves the scheduler's queue for a rank."""
+
+    request_id: str
+    rank: int
+
+
+class RequestScheduler(Protocol):
+    """Queue of requests, and the choice of a rank for each; lives on rank 0.
+
+    The engine calls it from its own thread only, `assign` before each step.
+    """
+
+    def add(self, request: EngineRequest, *, now: float) -> None:
+        """Queue a request; `now` is seconds of a monotonic clock."""
+        ...
+
+    def remove(self, request_id: str) -> bool:
+        """Forget a queued request (the client went away); False if it is not queued."""
+        ...
+
+    def assign(self, ranks: Sequence[RankLoad], *, now: float) -> list[Assignment]:
+        """Requests to hand over now; the others stay queued.
+
+        A rank takes any number: it queues what does not fit yet and starts it in order. `ranks`
+        counts what was handed over before.
+        """
+        ...
+
+    def finished(self, request_id: str, *, new_tokens: int) -> None:
+        """A request that was handed over has ended, for whatever reason."""
+        ...
+
+    def __len__(self) -> int:
+        """Queued requests."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankStats:
+    """Counters of one rank since the start, and its load now.
+
+    Attributes:
+        load: See there.
+        prompt_tokens: Prompt tokens of requests that were started.
+        cached_tokens: Of these, found in the prefix cache.
+        new_tokens: Tokens generated.
+        preemptions: Times a sequence lost its KV blocks to an older one.
+        routed_tokens: Tokens dispatched, summed over layers.
+        activations: (token, expert) pairs of this rank's tokens, summed over layers.
+        local_activations: Of these, computed on this rank.
+        computed_activations: Rows that this rank's experts computed, for all ranks.
+        rows: Copies of tokens sent by dispatch, by link tier: "rank" (to itself), "node" (to
+            another rank of its node) and "network".
+        bytes: Payload of dispatch and combine by link tier.
+        phase_seconds: "dispatch", "experts", "combine"; they include waiting for other ranks.
+    """
+
+    load: RankLoad
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    preemptions: int = 0
+    routed_tokens: int = 0
+    activations: int = 0
+    local_activations: int = 0
+    computed_activations: int = 0
+    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    phase_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """State of the whole group; counters of other ranks may be a second old.
+
+    Attributes:
+        ranks: One for each EP rank.
+        queued: Requests in the scheduler's queue.
+        steps: Lockstep steps in which some rank had tokens.
+        step_seconds: Time of these.
+        plan_reloads: Placements taken over since the start.
+    """
+
+    ranks: tuple[RankStats, ...]
+    queued: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    plan_reloads: int = 0
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold KV blocks, over all ranks."""
+        return sum(rank.load.running for rank in self.ranks)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that do not run yet, queued or handed to a rank."""
+        return self.queued + sum(rank.load.waiting for rank in self.ranks)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV cache positions of all ranks in use, 0..1."""
+        total = sum(rank.load.kv_tokens_total for rank in self.ranks)
+        return sum(rank.load.kv_tokens_used for rank in self.ranks) / max(total, 1)
+
+    @property
+    def local_activation_rate(self) -> float:
+        """Share of (token, expert) activations computed on the token's rank; 0 before any."""
+        total = sum(rank.activations for rank in self.ranks)
+        return sum(rank.local_activations for rank in self.ranks) / max(total, 1)
+
+    @property
+    def remote_copies(self) -> float:
+        """Mean number of other ranks that a token is sent to in a layer; 0 before any."""
+        rows = sum(n for rank in self.ranks for tier, n in rank.rows.items() if tier != "rank")
+        return rows / max(sum(rank.routed_tokens for rank in self.ranks), 1)
+
+    @property
+    def balance(self) -> float:
+        """Mean over max of the activations that ranks computed, 0..1; 1 is even, 1 before any."""
+        computed = [rank.computed_activations for rank in self.ranks]
+        return sum(computed) / len(computed) / max(computed) if any(computed) else 1.0
+
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Payload of dispatch and combine by link tier, over all ranks."""
+        total: dict[str, int] = {}
+        for rank in self.ranks:
+            for tier, count in rank.bytes.items():
+                total[tier] = total.get(tier, 0) + count
+        return total
+
+
+class Engine(Protocol):
+    """The engine as rank 0's front sees it. Every method may be called from any thread."""
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt plus output that can be served."""
+        ...
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the loop runs and every rank answers; False once closed or failed."""
+        ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine failed, if it did."""
+        ...
+
+    def submit(self, request: EngineRequest, on_event: Callable[[TokenEvent], object]) -> None:
+        """Take a request.
+
+        Args:
+            request: What to serve.
+            on_event: Called from the engine's thread, must not block. The last call has a
+                finish reason, also when the request is cancelled or the engine fails.
+
+        Raises:
+            RequestError: It can never be served as it is: empty, too long, a setting out of range.
+            UnavailableError: The engine drains, is closed, or has failed.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End a request, whose KV blocks are free before the next step; unknown ids are ignored."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Return counters and loads."""
+        ...
+
+    def reload_plan(self, plan: Path) -> Future[Mapping[str, Any]]:
+        """Move experts to the places of another plan, between two steps; requests go on.
+
+        All ranks verify the moved weights and take them over, or none does. The result says what
+        was moved ("experts_moved", "bytes_moved", "seconds", "sha256").
+
+        Raises (from the future):
+            SemanticEPError: The plan is not for this model or group, or weights did not verify.
+                The placement is as before.
+        """
+        ...
+
+    def record(self, action: RecordAction, output: Path | None = None) -> Future[Mapping[str, Any]]:
+        """Start or stop counting routing on all ranks, or write it as a profile.
+
+        Args:
+            action: "dump" writes what was counted since "start" and counts on from zero.
+            output: Directory of the profile artefact, for "dump".
+
+        Raises (from the future):
+            RequestError: Nothing is being recorded, or something already is.
+        """
+        ...
+
+    def drain(self) -> Future[None]:
+        """Refuse new requests; done when those taken have ended."""
+        ...
+
+    def close(self) -> None:
+        """Cancel what is left and stop the loop on every rank; returns when rank 0's has ended."""
+        ...
+
+
+async def stream(engine: Engine, request: EngineRequest) -> AsyncIterator[TokenEvent]:
+    """Submit a request and yield its events; leaving the iteration early cancels it.
+
+    Raises:
+        RequestError, UnavailableError: As `Engine.submit`.
+    """
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+
+    def deliver(event: TokenEvent) -> None:
+        # The loop may be gone while the server shuts down; then nobody listens any more.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    engine.submit(request, deliver)
+    finished = False
+    try:
+        while not finished:
+            event = await events.get()
+            finished = event.finish_reason is not None
+            yield event
+    finally:
+        if not finished:
+            engine.cancel(request.id)
