@@ -7,9 +7,10 @@ so a placement with empty slots is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,9 @@ def write_tensorrt_llm(
 ) -> None:
     """Write the YAML that TensorRT-LLM's `moe_config.load_balancer` names.
 
-    Needs the PyTorch backend with a MoE backend that balances (`moe_config.backend: WideEP`) and
-    `moe_expert_parallel_size` equal to the placement's ranks. Layers are model layers.
+    Needs the PyTorch backend with a MoE backend that balances (`moe_config.backend: WIDEEP` up to
+    release 1.2; 1.3 has dropped that name) and `moe_expert_parallel_size` equal to the placement's
+    ranks. Layers are model layers.
 
     Args:
         placement: L MoE layers.
@@ -157,7 +159,7 @@ def write_tensorrt_llm(
         "initial_global_assignments:",
         *(f"  {layer}: {json.dumps(row.tolist())}" for layer, row in zip(layer_ids, slots)),
     ]
-    write_file_atomically(Path(path), ("\n".join(lines) + "\n").encode())
+    _write_text(path, "\n".join(lines) + "\n")
 
 
 def read_tensorrt_llm(
@@ -199,6 +201,85 @@ def read_tensorrt_llm(
     return placement, tuple(layers)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A serving engine that takes a placement from a file.
+
+    Attributes:
+        write: Writes (placement, path, model layer of each MoE layer).
+        needs: What the engine must be started with to use the file of (placement, path).
+    """
+
+    write: Callable[[Placement, Path, Sequence[int]], None]
+    needs: Callable[[Placement, Path], tuple[str, ...]]
+
+
+def _redundant(placement: Placement) -> int:
+    return placement.ep_size * placement.slots_per_rank - placement.num_experts
+
+
+def _needs_sglang(placement: Placement, path: Path) -> tuple[str, ...]:
+    needs = [
+        f"--init-expert-location {path}",
+        f"--ep-size {placement.ep_size}",
+        f"--ep-num-redundant-experts {_redundant(placement)}",
+        "a model class with an expert-location config",
+        "no --enable-eplb, which would replace the placement",
+    ]
+    if placement.has_replicas:
+        needs.append("--ep-dispatch-algorithm static (nearest copy) or dynamic")
+    return tuple(needs)
+
+
+def _needs_vllm(placement: Placement, path: Path) -> tuple[str, ...]:
+    return (
+        "a vLLM that reads eplb_config.initial_expert_map_path (proposed in vllm-project/vllm "
+        "pull request 49572; without it, use `semantic-ep apply`)",
+        "--enable-expert-parallel --enable-eplb",
+        f"{placement.ep_size} EP ranks",
+        f"--eplb-config.initial_expert_map_path {path}",
+        f"--eplb-config.num_redundant_experts {_redundant(placement)}",
+    )
+
+
+def _needs_vllm_ascend(placement: Placement, path: Path) -> tuple[str, ...]:
+    return (
+        "--enable-expert-parallel",
+        f"{placement.ep_size} EP ranks",
+        f"--additional-config '{json.dumps({'expert_map_path': str(path)})}'",
+    )
+
+
+def _needs_tensorrt_llm(placement: Placement, path: Path) -> tuple[str, ...]:
+    return (
+        "the PyTorch backend",
+        "a moe_config.backend that takes a load balancer: WIDEEP up to TensorRT-LLM 1.2",
+        f"moe_config.load_balancer: {path}",
+        f"moe_expert_parallel_size: {placement.ep_size}",
+    )
+
+
+ENGINES: Mapping[str, Engine] = {
+    "sglang": Engine(
+        write=lambda placement, path, layer_ids: write_sglang(placement, path, layer_ids=layer_ids),
+        needs=_needs_sglang,
+    ),
+    "vllm": Engine(
+        write=lambda placement, path, layer_ids: write_vllm(placement, path), needs=_needs_vllm
+    ),
+    "vllm-ascend": Engine(
+        write=lambda placement, path, layer_ids: write_vllm_ascend(placement, path),
+        needs=_needs_vllm_ascend,
+    ),
+    "tensorrt-llm": Engine(
+        write=lambda placement, path, layer_ids: write_tensorrt_llm(
+            placement, path, layer_ids=layer_ids
+        ),
+        needs=_needs_tensorrt_llm,
+    ),
+}
+
+
 def _filled(placement: Placement, engine: str) -> np.ndarray:
     """[L, G * S] slots, none of them empty."""
     if (placement.physical_to_logical_map < 0).any():
@@ -222,7 +303,20 @@ def _check_layer_ids(placement: Placement, layer_ids: Sequence[int]) -> None:
 
 
 def _write(path: str | os.PathLike[str], data: Any) -> None:
-    write_file_atomically(Path(path), json.dumps(data).encode())
+    _write_text(path, json.dumps(data))
+
+
+def _write_text(path: str | os.PathLike[str], text: str) -> None:
+    try:
+        write_file_atomically(Path(path), text.encode())
+    except OSError as error:
+        raise ArtifactError(
+            explain(
+                f"cannot be written: {error.strerror}",
+                where=str(path),
+                do="Give a file in a directory that exists and is writable",
+            )
+        ) from error
 
 
 def _text(path: str | os.PathLike[str]) -> str:
