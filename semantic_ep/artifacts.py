@@ -222,6 +222,12 @@ def read_artifact(path: str | os.PathLike[str], *, kind: str | None = None) -> A
     )
 
 
+def is_artifact(path: str | os.PathLike[str], *, kind: str) -> bool:
+    """Whether a directory holds an artefact of this kind; its files are not verified."""
+    directory = Path(path)
+    return (directory / MANIFEST).is_file() and bool(_read_manifest(directory)[0]["kind"] == kind)
+
+
 def write_file_atomically(path: Path, content: bytes) -> None:
     """Write `content` beside `path`, flush it to disk, then rename it over `path`."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from semantic_ep import __version__
 from semantic_ep.errors import SemanticEPError
 
 VERBS = {
+    "import": "read routing recorded by another tool, to plan on it",
     "plan": "choose where experts live and where tokens run, judged on held-out routing",
     "simulate": "count what a plan makes other routing cost, and whether it is out of date",
     "apply": "write a checkpoint permuted for engines that know no plan, or undo it",
@@ -65,7 +67,12 @@ def _parser(only: str | None) -> argparse.ArgumentParser:
     for name, summary in VERBS.items():
         sub = verbs.add_parser(name, help=summary, description=summary, parents=[common])
         if name == only:
-            module = importlib.import_module(f"semantic_ep.cli.{name}")
+            module = importlib.import_module(_module_of(name))
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     return parser
+
+
+def _module_of(verb: str) -> str:
+    """Name of a verb's module; one that is a word of Python's gets an underscore."""
+    return f"semantic_ep.cli.{verb}{'_' if keyword.iskeyword(verb) else ''}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from semantic_ep.observe.profile import RoutingProfile
     from semantic_ep.plan.effect import Workload
     from semantic_ep.topology import Topology
 
@@ -18,7 +19,11 @@ COMPARED = ("contiguous", "random", "eplb")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
-        "--profile", type=Path, required=True, metavar="DIR", help="routing profile to plan on"
+        "--profile",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="routing profile, or trace, to plan on",
     )
     parser.add_argument(
         "--holdout",
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     held_out = _holdout(args)
     holdout = RoutingTrace.load(held_out)
     profile.fingerprint.check(holdout.fingerprint, what=f"--holdout {held_out}")
+    _check_affinity(profile, args)
     topology = topology_of(args, args.ep_size)
     names = [name for name in COMPARED if name != args.policy] + [args.policy]
     placements, seconds = {}, {}
@@ -139,10 +145,23 @@ def _holdout(args: argparse.Namespace) -> Path:
                 where="--holdout",
                 got=f"nothing at {held_out}",
                 do="Give a trace: record one with semantic_ep.observe.sample_tokens on other "
-                "requests, or convert one with semantic_ep.observe.formats",
+                "requests, or convert one with `semantic-ep import`",
             )
         )
     return held_out
+
+
+def _check_affinity(profile: RoutingProfile, args: argparse.Namespace) -> None:
+    from semantic_ep.errors import ConfigError, explain
+
+    if args.policy.startswith("semantic") and not profile.has_affinity:
+        raise ConfigError(
+            explain(
+                "the profile holds the load of experts alone, which tells nothing of affinity",
+                where=f"--profile {args.profile}",
+                do="Plan with --policy eplb, or record routes of tokens",
+            )
+        )
 
 
 def _workload(args: argparse.Namespace) -> Workload | None:

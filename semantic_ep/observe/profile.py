@@ -12,7 +12,13 @@ from typing import Any, Self
 import numpy as np
 from scipy import sparse
 
-from semantic_ep.artifacts import Artifact, ModelFingerprint, read_artifact, write_artifact
+from semantic_ep.artifacts import (
+    Artifact,
+    ModelFingerprint,
+    is_artifact,
+    read_artifact,
+    write_artifact,
+)
 from semantic_ep.errors import ArtifactError, explain
 from semantic_ep.observe.traces import RoutingTrace
 
@@ -120,6 +126,29 @@ class RoutingProfile:
             meta={"source": "trace"},
         )
 
+    @classmethod
+    def from_load(cls, load: np.ndarray, fingerprint: ModelFingerprint) -> Self:
+        """Profile of [L, E] activations alone: enough to balance load, not to see affinity."""
+        layers, experts = load.shape
+        empty = sparse.csr_array((0, experts), dtype=np.float32)
+        return cls(
+            fingerprint=fingerprint,
+            load=load.astype(np.float64),
+            token_count=np.zeros(0),
+            token_expert=(empty,) * layers,
+            coactivation=np.zeros((layers, experts, experts)),
+            transition=np.zeros((max(layers - 1, 0), experts, experts)),
+            sequence_load=np.zeros((0, layers, experts), dtype=np.float32),
+            dropped_mass=np.zeros(layers),
+            tokens=float(load.sum(axis=1).max()) / fingerprint.top_k,
+            meta={"source": "load"},
+        )
+
+    @property
+    def has_affinity(self) -> bool:
+        """Whether it tells more than the load of experts."""
+        return bool(self.token_count.any() or self.coactivation.any() or len(self.sequence_load))
+
     def save(self, path: str | os.PathLike[str]) -> str:
         """Write a `profile` artefact; returns its sha256."""
         arrays = {
@@ -175,7 +204,9 @@ class RoutingProfile:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a `profile` artefact."""
+        """Read a `profile` artefact, or count a `trace` artefact."""
+        if is_artifact(path, kind="trace"):
+            return cls.from_trace(RoutingTrace.load(path))
         return cls.from_artifact(read_artifact(path, kind="profile"))
 
 

@@ -1,0 +1,171 @@
+"""`semantic-ep import`: routing recorded by another tool, as an artefact to plan on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from semantic_ep.errors import ConfigError, explain
+
+if TYPE_CHECKING:
+    from semantic_ep.observe.profile import RoutingProfile
+    from semantic_ep.observe.traces import RoutingTrace
+
+LOADS = "sglang-logical-count"
+# Format -> name of its reader in `semantic_ep.observe.formats`.
+TRACES = {
+    "npz": "read_npz_trace",
+    "megatron-router-trace": "read_megatron_trace",
+    "sglang-per-token": "read_sglang_trace",
+    "vllm-routed-experts": "read_vllm_trace",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    formats = (*TRACES, LOADS)
+    parser.add_argument("file", type=Path, metavar="FILE", help="file, or directory of all ranks")
+    parser.add_argument(
+        "--from",
+        dest="format",
+        required=True,
+        choices=formats,
+        metavar="FORMAT",
+        help=", ".join(formats),
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=f"trace to write ({LOADS}: profile; with --profile-fraction: directory of both)",
+    )
+    parser.add_argument(
+        "--profile-fraction",
+        type=float,
+        metavar="F",
+        help="write DIR/profile from this share of the requests and DIR/holdout from the others",
+    )
+    parser.add_argument(
+        "--num-experts",
+        type=int,
+        metavar="E",
+        help="routed experts a layer (default: from the largest id)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help=f"{LOADS}: experts a token activates"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    parser.add_argument("--dry-run", action="store_true", help="read and check, write nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, write, say what to do next."""
+    from semantic_ep.cli import EXIT_OK
+    from semantic_ep.observe.profile import RoutingProfile
+
+    _check_flags(args)
+    written: dict[Path, RoutingTrace | RoutingProfile] = {}
+    if args.format == LOADS:
+        written[args.output] = _load_profile(args)
+    else:
+        trace = _reader(args.format)(args.file, num_experts=args.num_experts)
+        if args.profile_fraction is None:
+            written[args.output] = trace
+        else:
+            planned, rest = _split(trace, args)
+            written[args.output / "profile"] = RoutingProfile.from_trace(planned)
+            written[args.output / "holdout"] = rest
+    if not args.dry_run:
+        for path, artefact in written.items():
+            artefact.save(path)
+    _print(written, args)
+    return EXIT_OK
+
+
+def _reader(name: str) -> Callable[..., RoutingTrace]:
+    from semantic_ep.observe import formats
+
+    reader: Callable[..., RoutingTrace] = getattr(formats, TRACES[name])
+    return reader
+
+
+def _load_profile(args: argparse.Namespace) -> RoutingProfile:
+    from semantic_ep.artifacts import ModelFingerprint
+    from semantic_ep.observe.formats import read_logical_count
+    from semantic_ep.observe.profile import RoutingProfile
+
+    load, layer_ids = read_logical_count(args.file)
+    return RoutingProfile.from_load(
+        load,
+        ModelFingerprint(
+            architecture="", layer_ids=layer_ids, num_experts=load.shape[1], top_k=args.top_k
+        ),
+    )
+
+
+def _split(trace: RoutingTrace, args: argparse.Namespace) -> tuple[RoutingTrace, RoutingTrace]:
+    planned, rest = trace.split(args.profile_fraction, seed=args.seed)
+    if not (planned.num_tokens and rest.num_tokens):
+        raise ConfigError(
+            explain(
+                "a part of the split would be empty",
+                where="--profile-fraction",
+                got=f"{args.profile_fraction} of {trace.num_requests} requests",
+                do="Record more requests, or choose another share",
+            )
+        )
+    return planned, rest
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    problem = None
+    if args.format == LOADS and (args.top_k is None or args.top_k < 1):
+        problem = f"{LOADS} does not tell how many experts a token activates", "--top-k", args.top_k
+    elif args.format == LOADS and args.profile_fraction is not None:
+        problem = f"{LOADS} has no requests to split", "--profile-fraction", args.profile_fraction
+    elif args.format == LOADS and args.num_experts is not None:
+        problem = f"{LOADS} tells the number of experts", "--num-experts", args.num_experts
+    elif args.format != LOADS and args.top_k is not None:
+        problem = "a trace tells how many experts a token activates", "--top-k", args.top_k
+    elif args.profile_fraction is not None and not 0 < args.profile_fraction < 1:
+        problem = "not a share of the requests", "--profile-fraction", args.profile_fraction
+    if problem is not None:
+        what, where, got = problem
+        do = "Give it" if got is None else "Leave it out, or give a fitting value"
+        raise ConfigError(explain(what, where=where, got=got, do=do))
+
+
+def _print(written: dict[Path, Any], args: argparse.Namespace) -> None:
+    rows = [
+        {
+            "output": None if args.dry_run else str(path),
+            "kind": kind,
+            "layers": artefact.fingerprint.num_layers,
+            "experts": artefact.fingerprint.num_experts,
+            "top_k": artefact.fingerprint.top_k,
+            "tokens": tokens,
+        }
+        for path, artefact in written.items()
+        for kind, tokens in (_describe(artefact),)
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print(
+            f"{row['kind']}: {row['layers']} MoE layers x {row['experts']} experts, top-"
+            f"{row['top_k']}, {row['tokens']:,.0f} tokens; "
+            + (f"written to {row['output']}" if row["output"] else "dry run: not written")
+        )
+
+
+def _describe(artefact: Any) -> tuple[str, float]:
+    """(kind, tokens) of a profile or trace."""
+    trace = hasattr(artefact, "offsets")
+    return ("trace", artefact.num_tokens) if trace else ("profile", artefact.tokens)
