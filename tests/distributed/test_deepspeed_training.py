@@ -397,7 +397,7 @@ def _refusals(rank, ranks, output):
             start(tiny_model(), deepspeed_config(output, **changes))
 
     refused("Did you mean", semantic_ep={"enabled": True, "observ": {}})
-    refused("contiguous placement", semantic_ep={"enabled": True, "plan": {"artifact": "p"}})
+    refused("both spread", semantic_ep={"enabled": True, "plan": {"artifact": "p"}})
     refused("two settings", semantic_ep={"enabled": True, "groups": {"ep_size": 4}})
     refused("no MoE layer that DeepSpeed runs", expert_parallel={"enabled": False})
     engine = start(tiny_model(), deepspeed_config(output))

@@ -1,4 +1,4 @@
-"""Load-balancing loss of AutoEP layers over what all ranks routed lately.
+"""Load-balancing loss of placed and of AutoEP layers over what all ranks routed lately.
 
 AutoEP does not train for balance. The loss that transformers adds (`output_router_logits`) sums the
 counts of all layers before it multiplies them, so that it cannot see two layers that overload
@@ -13,6 +13,7 @@ activations of all ranks in a window of recent passes. It is 1 when balanced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,37 +21,40 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from semantic_ep.errors import ConfigError, explain
+from semantic_ep.integrations.deepspeed.observation import ObservedRouter, find_routers
 
 
 class LoadBalancingLoss:
-    """Watches the routers of an AutoEP model; one layer may run once a pass, not recomputed."""
+    """Watches the routers of a model; one layer may run once a pass, not recomputed."""
 
     def __init__(self, model: nn.Module, *, window: float = 10.0) -> None:
         """Attach to a model after `initialize`.
 
         Args:
-            model: With AutoEP layers.
+            model: With placed experts, or with AutoEP layers.
             window: Passes after which a count weighs 1 / e.
 
         Raises:
-            ConfigError: The model has no AutoEP layer.
+            ConfigError: The model has neither.
         """
-        from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-        layers = [module for module in model.modules() if isinstance(module, AutoEPMoELayer)]
-        if not layers:
+        routers = find_routers(model)
+        if any(router.gate is None for router in routers):
             raise ConfigError(
-                explain("there is no AutoEP layer to balance", got=type(model).__name__)
+                explain(
+                    "native deepspeed.moe layers bring a balancing loss of their own",
+                    got=type(model).__name__,
+                    do="Add the l_aux that each MoE layer returns",
+                )
             )
         self._keep = 1 - 1 / window
         self._logits_TE: list[Tensor] = []
         self._expert_TK: list[Tensor] = []
         self._recent_LE = torch.zeros(
-            len(layers), layers[0].num_experts, device=layers[0].router.gate.weight.device
+            len(routers), routers[0].num_experts, device=routers[0].weight.device
         )
-        for layer in layers:
-            layer.router.gate.register_forward_hook(self._on_logits)
-            layer.router.register_forward_hook(self._on_route)
+        for router in routers:
+            router.gate.register_forward_hook(self._on_logits)
+            router.module.register_forward_hook(self._on_route(router))
 
     def of_last_pass(self, mask_T: Tensor) -> Tensor:
         """The loss of the forward pass since the last call, mean over layers; collective.
@@ -83,10 +87,13 @@ class LoadBalancingLoss:
         busiest_L = self._recent_LE.max(dim=1).values / self._recent_LE.mean(dim=1)
         return float(busiest_L.mean())
 
-    def _on_logits(self, module: nn.Module, _args: Any, logits_TE: Tensor) -> None:
+    def _on_logits(self, module: nn.Module, _args: Any, output: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            self._logits_TE.append(logits_TE)
+            self._logits_TE.append(output if isinstance(output, Tensor) else output[0])
 
-    def _on_route(self, module: nn.Module, _args: Any, output: tuple[Tensor, ...]) -> None:
-        if module.training and torch.is_grad_enabled():
-            self._expert_TK.append(output[1])
+    def _on_route(self, router: ObservedRouter) -> Callable[..., None]:
+        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+            if module.training and torch.is_grad_enabled():
+                self._expert_TK.append(router.experts(output))
+
+        return hook

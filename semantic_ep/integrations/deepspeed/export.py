@@ -1,7 +1,8 @@
-"""Write an AutoEP-trained model as a Hugging Face checkpoint, experts in logical order.
+"""Write a trained model as a Hugging Face checkpoint, experts in logical order.
 
 AutoEP holds experts [E / G, F, D] as `w1` (gate), `w3` (up) and `w2` (down), each rank a contiguous
-block; transformers holds them whole, fused. The experts of one decoder layer at a time are gathered
+block; placed experts are the family's own tensors, with the slots of a rank; transformers holds
+them whole, fused. The experts of one decoder layer at a time are gathered
 on rank 0, converted by transformers' own rules and written, so that rank 0 never holds more than
 its share of the model, one decoder layer, and the shard it fills.
 """
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from semantic_ep.apply.checkpoint.writer import new_directory
 from semantic_ep.errors import CheckpointError, explain
+from semantic_ep.integrations.deepspeed.placing import PlacedExperts
 from semantic_ep.integrations.transformers import MoELayerSite, find_moe_layers
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ def save_huggingface_checkpoint(
     """Write what `save_pretrained` would write for the whole model; collective over all ranks.
 
     Args:
-        engine: A DeepSpeed engine around a Hugging Face causal language model, with AutoEP layers
-            or none.
+        engine: A DeepSpeed engine around a Hugging Face causal language model, with placed
+            experts, AutoEP layers or neither.
         output: Directory to make; it appears whole or not at all.
         tokenizer: Saved beside the model; anything with `save_pretrained`.
         max_shard_bytes: A new file starts before one grows beyond this.
@@ -50,7 +52,7 @@ def save_huggingface_checkpoint(
     model = engine.module
     with torch.device("meta"):
         reference = type(model)(model.config)
-    units = _units(model, reference)
+    units = _units(model, reference, getattr(engine, "placed_experts", None))
     if dist.get_rank() != 0:
         for _ in units:  # Takes part in the gathers.
             pass
@@ -64,7 +66,9 @@ def save_huggingface_checkpoint(
             tokenizer.save_pretrained(directory)
 
 
-def _units(model: nn.Module, reference: nn.Module) -> Iterator[dict[str, Tensor]]:
+def _units(
+    model: nn.Module, reference: nn.Module, placed: PlacedExperts | None
+) -> Iterator[dict[str, Tensor]]:
     """Tensors by the names of transformers' modules, a decoder layer (or a single one) at a time.
 
     Empty on ranks other than 0.
@@ -78,8 +82,15 @@ def _units(model: nn.Module, reference: nn.Module) -> Iterator[dict[str, Tensor]
         if isinstance(modules.get(site.block), AutoEPMoELayer)
     }
     states = dict(model.named_parameters()) | dict(model.named_buffers())
+    if placed is not None:
+        yield from _placed_units(model, placed)
+        spread = {_whole_name(name) for name, _, _ in placed.parameters(model)}
+    else:
+        spread = set()
     by_unit: dict[str, list[str]] = {}
     for name in _names_once(model, reference):
+        if name in spread:
+            continue
         block = next((block for block in replaced if name.startswith(f"{block}.")), None)
         unit = block.rpartition(".")[0] if block else name
         by_unit.setdefault(unit, [])
@@ -92,6 +103,26 @@ def _units(model: nn.Module, reference: nn.Module) -> Iterator[dict[str, Tensor]
                 tensors |= _hugging_face_block(modules[block], site, reference)
         tensors |= {name: _gathered(states[name]) for name in names}
         yield tensors if dist.get_rank() == 0 else {}
+
+
+def _placed_units(model: nn.Module, placed: PlacedExperts) -> Iterator[dict[str, Tensor]]:
+    """The experts of one layer at a time; empty on ranks other than 0."""
+    by_layer: dict[int, dict[str, nn.Parameter]] = {}
+    for name, layer, parameter in placed.parameters(model):
+        by_layer.setdefault(layer, {})[name] = parameter
+    for layer, parameters in by_layer.items():
+        slots = placed.placement.logical_to_physical_map[layer, :, 0].tolist()
+        tensors = {}
+        for name, parameter in parameters.items():
+            whole = _of_group(parameter.detach(), placed.process_groups.expert_parallel)
+            if whole is not None:
+                tensors[_whole_name(name)] = whole[slots]
+        yield tensors
+
+
+def _whole_name(name: str) -> str:
+    """Name in the family's own model of a parameter of placed experts."""
+    return name.replace(".experts.local.", ".experts.")
 
 
 def _hugging_face_block(
@@ -148,8 +179,11 @@ def _check_block(tensors: dict[str, Tensor], site: MoELayerSite, reference: nn.M
 
 def _all_experts(layer: AutoEPMoELayer, local: nn.Parameter) -> Tensor | None:
     """[E, ...] on rank 0, gathered over its EP group; None elsewhere."""
-    part = _gathered(local, host=False)
-    group = layer.ep_group
+    return _of_group(_gathered(local, host=False), layer.ep_group)
+
+
+def _of_group(part: Tensor, group: dist.ProcessGroup | None) -> Tensor | None:
+    """Parts of all EP ranks in their order, on rank 0; None elsewhere."""
     if group is None or dist.get_world_size(group) == 1:
         return part.cpu() if dist.get_rank() == 0 else None
     ranks = dist.get_process_group_ranks(group)

@@ -13,11 +13,13 @@ from torch import distributed as dist
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import ObserveConfig
 from semantic_ep.errors import ConfigError, explain
+from semantic_ep.integrations.expert_parallel import SemanticExperts
 from semantic_ep.integrations.observation import (
     RoutingObservation,
     experts_of_map,
     sequence_numbers,
 )
+from semantic_ep.integrations.transformers import MoELayerSite, find_moe_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class ObservedRouter:
 
     Attributes:
         module: Its output, given to `experts`, is what `RoutingSink.record` takes.
+        gate: Its output is the [T, E] logits, or has them first; None where no module has them.
         weight: [E, D] parameter that identifies it.
         num_experts: Logical experts (E).
         top_k: Experts a token activates (K).
@@ -33,6 +36,7 @@ class ObservedRouter:
     """
 
     module: nn.Module
+    gate: nn.Module | None
     weight: nn.Parameter
     num_experts: int
     top_k: int
@@ -40,7 +44,7 @@ class ObservedRouter:
 
 
 def find_routers(model: nn.Module) -> list[ObservedRouter]:
-    """Routers of AutoEP and of native `deepspeed.moe` layers, in module order.
+    """Routers of placed experts, of AutoEP and of native `deepspeed.moe` layers, in module order.
 
     Raises:
         ConfigError: There is none, or one routes in a way that cannot be read.
@@ -48,12 +52,15 @@ def find_routers(model: nn.Module) -> list[ObservedRouter]:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from deepspeed.moe.layer import MoE
 
+    if any(isinstance(module, SemanticExperts) for module in model.modules()):
+        return [_of_site(model, site) for site in find_moe_layers(model)]
     routers = []
     for name, module in model.named_modules():
         if isinstance(module, AutoEPMoELayer):
             routers.append(
                 ObservedRouter(
                     module=module.router,
+                    gate=module.router.gate,
                     weight=module.router.gate.weight,
                     num_experts=module.num_experts,
                     top_k=module.top_k,
@@ -72,6 +79,7 @@ def find_routers(model: nn.Module) -> list[ObservedRouter]:
             routers.append(
                 ObservedRouter(
                     module=gate,
+                    gate=None,
                     weight=gate.wg.weight,
                     num_experts=module.num_experts,
                     top_k=gate.k,
@@ -89,6 +97,18 @@ def find_routers(model: nn.Module) -> list[ObservedRouter]:
             )
         )
     return routers
+
+
+def _of_site(model: nn.Module, site: MoELayerSite) -> ObservedRouter:
+    router = model.get_submodule(site.router)
+    return ObservedRouter(
+        module=router,
+        gate=router,
+        weight=router.weight,
+        num_experts=site.num_experts,
+        top_k=site.top_k,
+        experts=lambda output: output[2],
+    )
 
 
 class EngineObservation(RoutingObservation):

@@ -15,6 +15,13 @@ from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import SECTION, SemanticEPConfig, section_of
 from semantic_ep.errors import CheckpointError, ConfigError, PeerFailureError, explain
 from semantic_ep.integrations.deepspeed.observation import EngineObservation, find_routers
+from semantic_ep.integrations.deepspeed.placed_checkpoint import (
+    load_placed,
+    write_latest,
+    write_placed,
+)
+from semantic_ep.integrations.deepspeed.placing import PlacedExperts, place_experts
+from semantic_ep.plan.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +56,10 @@ def initialize(
     profile is written by `engine.save_checkpoint` and read back by `engine.load_checkpoint`.
     `engine.semantic_ep` is the `EngineObservation`, or None.
 
+    With `enabled` and `plan.artifact` set, the experts of a Hugging Face model are spread over the
+    ranks by the plan, and checkpoints can be resumed under any other plan or number of ranks.
+    `engine.placed_experts` is the `PlacedExperts`, or None.
+
     Args:
         args: As in DeepSpeed; `--semantic-ep-...` flags in it override the JSON.
         model: As in DeepSpeed.
@@ -61,6 +72,8 @@ def initialize(
 
     Raises:
         ConfigError: The section is wrong, or asks for what this engine cannot do.
+        ArtifactError: The plan cannot be read, or belongs to another model.
+        PlacementError: The plan cannot be trained under.
     """
     import deepspeed
 
@@ -69,13 +82,26 @@ def initialize(
     if settings.enabled:
         _check_possible(settings, deepspeed_config)
     observe = settings.enabled and settings.observe.output != "auto"
+    placed = settings.enabled and settings.plan.artifact != "auto"
     # AutoEP replaces modules and the identity of the model is read from them: before, not after.
-    identity = _hugging_face_identity(model, tokenizer_json) if observe else None
+    identity = _hugging_face_identity(model, tokenizer_json) if observe or placed else None
+    placed_experts = None
+    if placed:
+        if deepspeed_arguments.get("mpu") is not None:
+            raise ConfigError(
+                explain(
+                    "a plan places experts over data-parallel ranks only, and an mpu was given",
+                    where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
+                    do="Remove tensor and pipeline parallelism, or the plan",
+                )
+            )
+        placed_experts = _place(model, settings, identity)
     plain = {key: value for key, value in deepspeed_config.items() if key != SECTION}
     engine, *others = deepspeed.initialize(
         args=_without_config(args), model=model, config=plain, **deepspeed_arguments
     )
     engine.semantic_ep = None
+    engine.placed_experts = placed_experts
     if observe:
         engine.semantic_ep = EngineObservation(
             engine,
@@ -83,33 +109,83 @@ def initialize(
             fingerprint=identity or _identity_of_layers(engine.module),
             vocab_size=_vocab_size(engine.module),
         )
+    if observe or placed:
         # DeepSpeed has no callback for these events, and chooses the class of its engine itself.
-        engine.__class__ = type(type(engine).__name__, (_ObservedEngine, type(engine)), {})
+        engine.__class__ = type(type(engine).__name__, (_SemanticEngine, type(engine)), {})
     return (engine, *others)
 
 
-class _ObservedEngine:
-    """Tells the observation what happens to an engine."""
+class _SemanticEngine:
+    """Tells observation and placed experts what happens to an engine."""
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         before = self.global_steps
         result = super().step(*args, **kwargs)
         if self.global_steps != before:
-            self.semantic_ep.step()
+            if self.semantic_ep is not None:
+                self.semantic_ep.step()
+            if self.placed_experts is not None:
+                self.placed_experts.context.timer.reset()
         return result
 
     def save_checkpoint(
-        self, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        **kwargs: Any,
     ) -> Any:
-        result = super().save_checkpoint(save_dir, tag, *args, **kwargs)
-        self.semantic_ep.save(Path(save_dir, str(tag or f"global_step{self.global_steps}")))
+        """As DeepSpeed's; `latest` names the checkpoint only when all ranks have written theirs."""
+        import torch.distributed as dist
+
+        tag = str(tag or f"global_step{self.global_steps}")
+        if self.placed_experts is not None:
+            write_placed(self, Path(save_dir, tag))
+        result = super().save_checkpoint(
+            save_dir, tag, client_state=dict(client_state or {}), save_latest=False, **kwargs
+        )
+        if self.semantic_ep is not None:
+            self.semantic_ep.save(Path(save_dir, tag))
+        dist.barrier()
+        if save_latest and dist.get_rank() == 0:
+            write_latest(Path(save_dir), tag)
         return result
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
-        path, client_state = super().load_checkpoint(*args, **kwargs)
-        if path is not None:
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, **kwargs: Any
+    ) -> tuple[str | None, Any]:
+        if self.placed_experts is None:
+            path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
+        else:
+            path, client_state = load_placed(self, super().load_checkpoint, load_dir, tag, **kwargs)
+        if path is not None and self.semantic_ep is not None:
             self.semantic_ep.restore(path if Path(path).is_dir() else Path(path).parent)
         return path, client_state
+
+    def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        # Here DeepSpeed adds the files of its own experts; ours lie elsewhere.
+        if self.placed_experts is not None:
+            checkpoint["module"] |= self.placed_experts_to_load
+        super().load_module_state_dict(checkpoint, *args, **kwargs)
+
+    def _get_non_moe_state_dict(self, full_state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = super()._get_non_moe_state_dict(full_state_dict)
+        if self.placed_experts is not None:
+            for name, _, _ in self.placed_experts.parameters(self.module):
+                del state[name]
+        return state
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        if self.placed_experts is not None:
+            raise CheckpointError(
+                explain(
+                    "this would write the experts of rank 0 only",
+                    where="save_16bit_model",
+                    do="Call semantic_ep.integrations.deepspeed.save_huggingface_checkpoint",
+                )
+            )
+        return super().save_16bit_model(*args, **kwargs)
 
 
 def read_config(
@@ -163,15 +239,7 @@ def peers_must_answer() -> Iterator[None]:
 
 
 def _check_possible(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any]) -> None:
-    if settings.plan.artifact != "auto":
-        raise ConfigError(
-            explain(
-                "DeepSpeed trains with contiguous placement; a plan is for serving",
-                where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
-                got=settings.plan.artifact,
-                do="Remove it from the configuration of this training run",
-            )
-        )
+    _check_placed(settings, deepspeed_config)
     autoep = deepspeed_config.get("expert_parallel", {})
     autoep_size = autoep.get("autoep_size") if autoep.get("enabled") else None
     if settings.groups.ep_size not in ("auto", autoep_size or settings.groups.ep_size):
@@ -183,6 +251,74 @@ def _check_possible(settings: SemanticEPConfig, deepspeed_config: Mapping[str, A
                 do="Remove groups.ep_size, or set both alike",
             )
         )
+
+
+def _check_placed(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any]) -> None:
+    if settings.plan.artifact == "auto":
+        return
+    where = "semantic_ep.plan.artifact, --semantic-ep-plan-artifact"
+    if deepspeed_config.get("expert_parallel", {}).get("enabled"):
+        raise ConfigError(
+            explain(
+                "AutoEP and the plan would both spread the experts",
+                where=where,
+                got="expert_parallel.enabled = true",
+                do="Remove expert_parallel: a plan needs no AutoEP; or remove the plan, for "
+                "contiguous placement",
+            )
+        )
+    stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ConfigError(
+            explain(
+                "DeepSpeed partitions expert parameters at ZeRO 3 only in AutoEP's own layers, "
+                "which follow no plan",
+                where="zero_optimization.stage",
+                got=stage,
+                allowed=[0, 1, 2],
+                do="Use ZeRO 2 under a plan, or AutoEP without one",
+            )
+        )
+
+
+def _place(
+    model: nn.Module | None, settings: SemanticEPConfig, identity: ModelFingerprint | None
+) -> PlacedExperts:
+    """Read the plan and spread the experts; collective."""
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    plan = Plan.read(settings.plan.artifact)
+    where = "semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size"
+    if identity is None:
+        raise ConfigError(
+            explain(
+                "a plan places the experts of Hugging Face models",
+                where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
+                got=type(model).__name__,
+                do="Pass the PreTrainedModel itself; the log says why it was not recognised",
+            )
+        )
+    identity.check(
+        plan.fingerprint, what=f"the plan {settings.plan.artifact}", allow_retrained=True
+    )
+    if settings.groups.ep_size not in ("auto", plan.placement.ep_size):
+        raise ConfigError(
+            explain(
+                "the plan is for another number of ranks",
+                where=where,
+                got=f"{settings.groups.ep_size}, and the plan {plan.placement.ep_size}",
+                do="Remove groups.ep_size, or plan with --ep-size",
+            )
+        )
+    deepspeed.init_distributed(verbose=False)
+    return place_experts(
+        model,
+        plan.placement,
+        settings,
+        device=torch.device(get_accelerator().current_device_name()),
+    )
 
 
 def _without_config(args: Namespace | None) -> Namespace | None:

@@ -1,0 +1,222 @@
+"""Checkpoints of placed experts: stored by logical expert, resumed under any placement.
+
+Beside DeepSpeed's files a checkpoint has `semantic_ep_placement.json`, the descriptor of where
+experts were, and one `experts-<EP rank>.safetensors` a rank, whose tensors are named by logical
+expert. Under the same placement and groups everything else is DeepSpeed's own load, bit for bit.
+Otherwise experts are read by logical id, and the optimizer state is put together from DeepSpeed's
+shards of the old ranks (`semantic_ep.integrations.deepspeed.optimizer_state`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from semantic_ep.errors import CheckpointError, explain
+from semantic_ep.integrations.deepspeed.optimizer_state import (
+    OldLayout,
+    check_can_move,
+    move_optimizer_state,
+    optimizer_parameters,
+)
+from semantic_ep.integrations.deepspeed.placing import PlacedExperts
+from semantic_ep.plan.placement import Placement
+
+DESCRIPTOR = "semantic_ep_placement.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Descriptor:
+    """Where the experts of a checkpoint were.
+
+    Attributes:
+        layout: Placement and groups of the run that wrote it.
+        zero_stage: Of that run.
+        parameters: Names in the optimizer's order, by parameter group.
+    """
+
+    layout: OldLayout
+    zero_stage: int
+    parameters: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, engine: Any) -> Self:
+        """Describe a running engine."""
+        placed: PlacedExperts = engine.placed_experts
+        return cls(
+            layout=OldLayout(
+                placement=placed.placement, expert_parallel=placed.groups.expert_parallel
+            ),
+            zero_stage=engine.zero_optimization_stage(),
+            parameters=optimizer_parameters(engine),
+        )
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Self:
+        """Read the descriptor of a checkpoint.
+
+        Raises:
+            CheckpointError: There is none, or it is damaged.
+        """
+        file = checkpoint / DESCRIPTOR
+        try:
+            data = json.loads(file.read_text())
+            placement = Placement(
+                physical_to_logical_map=np.array(data["physical_to_logical_map"]),
+                num_experts=data["num_experts"],
+                ep_size=data["ep_size"],
+            )
+            return cls(
+                layout=OldLayout(
+                    placement=placement,
+                    expert_parallel=tuple(map(tuple, data["expert_parallel"])),
+                ),
+                zero_stage=data["zero_stage"],
+                parameters=tuple(map(tuple, data["parameters"])),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                explain(
+                    f"this checkpoint does not say where its experts are: {error}",
+                    where=str(file),
+                    do="Resume a checkpoint that was written under a plan; start from others with "
+                    "save_huggingface_checkpoint and from_pretrained",
+                )
+            ) from error
+
+    def write(self, checkpoint: Path) -> None:
+        """Write it, whole or not at all."""
+        placement = self.layout.placement
+        data = {
+            "schema_version": 1,
+            "num_experts": placement.num_experts,
+            "ep_size": placement.ep_size,
+            "physical_to_logical_map": placement.physical_to_logical_map.tolist(),
+            "expert_parallel": self.layout.expert_parallel,
+            "zero_stage": self.zero_stage,
+            "parameters": self.parameters,
+        }
+        _replace(checkpoint / DESCRIPTOR, json.dumps(data))
+
+
+def write_placed(engine: Any, checkpoint: Path) -> None:
+    """Write descriptor and experts; one replica of each expert writes, on its own rank."""
+    from safetensors.torch import save_file
+
+    placed: PlacedExperts = engine.placed_experts
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        Descriptor.of(engine).write(checkpoint)
+    if placed.process_groups.expert_data_parallel.rank() != 0:
+        return
+    tensors = {}
+    for name, layer, parameter in placed.parameters(engine.module):
+        for slot, expert in enumerate(placed.held_S(layer).tolist()):
+            if expert >= 0:
+                tensors[f"{name}.{expert}"] = parameter.detach()[slot].cpu().contiguous()
+    save_file(tensors, _experts_file(checkpoint, placed.ep_rank))
+
+
+def load_placed(
+    engine: Any,
+    load: Callable[..., tuple[str | None, Any]],
+    load_dir: str,
+    tag: str | None,
+    *,
+    load_optimizer_states: bool = True,
+    load_module_only: bool = False,
+    **kwargs: Any,
+) -> tuple[str | None, Any]:
+    """`DeepSpeedEngine.load_checkpoint` for placed experts.
+
+    Args:
+        engine: With `placed_experts`.
+        load: DeepSpeed's own.
+        load_dir: As in DeepSpeed.
+        tag: As in DeepSpeed; None means `latest`.
+        load_optimizer_states: As in DeepSpeed.
+        load_module_only: As in DeepSpeed.
+        **kwargs: Passed on.
+
+    Raises:
+        CheckpointError: The checkpoint was not written under a plan, is incomplete, or its
+            optimizer state cannot be moved.
+    """
+    latest = Path(load_dir, "latest")
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    if tag is None:
+        return load(load_dir, tag, **kwargs)
+    checkpoint = Path(load_dir, str(tag))
+    old, new = Descriptor.read(checkpoint), Descriptor.of(engine)
+    moved = not old.layout.equals(new.layout)
+    move_state = moved and load_optimizer_states and not load_module_only
+    if move_state:
+        check_can_move(engine, old.zero_stage)
+    engine.placed_experts_to_load = _local_experts(engine, checkpoint, old.layout.placement)
+    try:
+        path, client_state = load(
+            load_dir,
+            tag,
+            load_optimizer_states=load_optimizer_states and not moved,
+            load_module_only=load_module_only,
+            **kwargs,
+        )
+    finally:
+        del engine.placed_experts_to_load
+    if move_state:
+        move_optimizer_state(engine, checkpoint, old.layout, old.parameters)
+    return path, client_state
+
+
+def write_latest(save_dir: Path, tag: str) -> None:
+    """Make a checkpoint the one to resume from."""
+    _replace(save_dir / "latest", tag)
+
+
+def _local_experts(engine: Any, checkpoint: Path, old: Placement) -> Mapping[str, Tensor]:
+    """[S, ...] values of this rank's expert parameters, by name."""
+    from safetensors import SafetensorError, safe_open
+
+    placed: PlacedExperts = engine.placed_experts
+    files: dict[int, Any] = {}
+    state = {}
+    for name, layer, parameter in placed.parameters(engine.module):
+        rows = torch.zeros_like(parameter.data)
+        for slot, expert in enumerate(placed.held_S(layer).tolist()):
+            if expert < 0:
+                continue
+            rank = int(old.rank_of_expert[layer, expert])
+            file = _experts_file(checkpoint, rank)
+            try:
+                if rank not in files:
+                    files[rank] = safe_open(file, framework="pt")
+                rows[slot] = files[rank].get_tensor(f"{name}.{expert}")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    explain(f"cannot read expert {expert} of {name}: {error}", where=str(file))
+                ) from error
+        state[name] = rows
+    return state
+
+
+def _experts_file(checkpoint: Path, ep_rank: int) -> Path:
+    return checkpoint / f"experts-{ep_rank:05d}.safetensors"
+
+
+def _replace(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(file)

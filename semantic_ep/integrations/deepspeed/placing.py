@@ -1,0 +1,235 @@
+"""Spread the experts of a Hugging Face model over the ranks of a DeepSpeed training run, by plan.
+
+The MoE blocks stay transformers' own, as in inference (`semantic_ep.integrations.expert_parallel`):
+only their `experts` module is replaced, and exchanges tokens through our dispatcher. DeepSpeed is
+told about it in the terms of its own MoE: expert parameters carry `allreduce = False` and the name
+of their group, the groups are registered under that name, and one `deepspeed.moe` module without
+parameters makes the engine treat the model as one with experts.
+
+AutoEP's module would be the other way. It computes owners as contiguous blocks in its forward,
+save and load, sends a token once for each expert instead of once for each rank, and knows fewer
+families; following a plan would mean to override all of that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from semantic_ep.config import SemanticEPConfig
+from semantic_ep.errors import ConfigError, PlacementError, explain
+from semantic_ep.integrations.expert_parallel import SemanticExperts, StepContext, replace_experts
+from semantic_ep.integrations.transformers import find_moe_layers, moe_shape
+from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime.backends import VerifiedDispatcher, create_dispatcher
+from semantic_ep.runtime.groups import GroupPlan, ProcessGroups
+from semantic_ep.topology import Topology
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PlacedExperts:
+    """The experts of one model in training.
+
+    Attributes:
+        placement: Which experts are where.
+        groups: Ranks of every expert-parallel group of the job.
+        ep_rank: Of this rank in its group.
+        process_groups: This rank's groups.
+        experts: By layer; parameters hold the S slots of this rank.
+        context: What the layers share.
+        dispatcher: Of the EP group, with its counters.
+    """
+
+    placement: Placement
+    groups: GroupPlan
+    ep_rank: int
+    process_groups: ProcessGroups
+    experts: Sequence[SemanticExperts]
+    context: StepContext
+    dispatcher: VerifiedDispatcher
+
+    def held_S(self, layer: int) -> np.ndarray:
+        """[S] logical expert in each slot of this rank, -1 for an empty slot."""
+        return self.placement.experts_of_rank(layer, self.ep_rank)
+
+    def parameters(self, model: nn.Module) -> Iterator[tuple[str, int, nn.Parameter]]:
+        """(name in the model, layer, [S, ...] parameter) of all experts."""
+        layer_of = {id(module): layer for layer, module in enumerate(self.experts)}
+        for path, module in model.named_modules():
+            if id(module) in layer_of:
+                for name, parameter in module.local.named_parameters():
+                    yield f"{path}.local.{name}", layer_of[id(module)], parameter
+
+
+def place_experts(
+    model: nn.Module,
+    placement: Placement,
+    settings: SemanticEPConfig,
+    *,
+    device: torch.device,
+) -> PlacedExperts:
+    """Leave each rank the experts of its slots, in place; collective over all ranks.
+
+    Args:
+        model: A Hugging Face model with all experts, equal on all ranks. Its parameters stay the
+            same objects, so that lists and optimizers made from them stay valid.
+        placement: One copy of each expert; ranks may hold different numbers of them.
+        settings: Of the run.
+        device: That the model will run on.
+
+    Raises:
+        PlacementError: The placement is of another model, or has copies.
+        ConfigError: No groups of this size can be formed.
+    """
+    _check(model, placement)
+    groups = GroupPlan.build(
+        dist.get_world_size(),
+        placement.ep_size,
+        topology=_topology_of_job(),
+        scope=settings.groups.scope,
+    )
+    process_groups = _register(groups)
+    ep_rank = process_groups.expert_parallel.rank()
+    name = _group_name(groups)
+    for layer, site in enumerate(find_moe_layers(model)):
+        experts = model.get_submodule(site.experts)
+        held_S = placement.experts_of_rank(layer, ep_rank)
+        for parameter in experts.parameters():
+            parameter.data = rows_of_slots(parameter.data, held_S)
+            parameter.allreduce = False
+            parameter.group_name = name
+        experts.num_experts = placement.slots_per_rank
+    dispatcher = create_dispatcher(
+        settings.dispatch.backend,
+        group=process_groups.expert_parallel,
+        slots_per_rank=placement.slots_per_rank,
+        num_layers=placement.num_layers,
+    )
+    context = StepContext(device)
+    replaced = replace_experts(
+        model,
+        placement=placement,
+        rank=ep_rank,
+        dispatcher=dispatcher,
+        context=context,
+    )
+    model.add_module("semantic_ep_group", _expert_group(placement, name))
+    return PlacedExperts(
+        placement=placement,
+        groups=groups,
+        ep_rank=ep_rank,
+        process_groups=process_groups,
+        experts=replaced,
+        context=context,
+        dispatcher=dispatcher,
+    )
+
+
+def rows_of_slots(whole: Tensor, held_S: np.ndarray) -> Tensor:
+    """[S, ...] rows of a tensor [E, ...] for the experts in slots; zeros for empty ones."""
+    held = torch.tensor(held_S, dtype=torch.long, device=whole.device)
+    rows = whole.index_select(0, held.clamp(min=0))
+    rows[held < 0] = 0
+    return rows
+
+
+def _check(model: nn.Module, placement: Placement) -> None:
+    shape = moe_shape(model)
+    wanted = (len(shape.layer_ids), shape.num_experts)
+    found = (placement.num_layers, placement.num_experts)
+    if found != wanted:
+        raise PlacementError(
+            explain(
+                "the plan is of another model",
+                where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
+                got=f"{found[0]} MoE layers of {found[1]} experts",
+                allowed=f"{wanted[0]} MoE layers of {wanted[1]} experts",
+            )
+        )
+    if placement.has_replicas:
+        raise PlacementError(
+            explain(
+                "copies of one expert would be trained apart: DeepSpeed does not sum their "
+                "gradients",
+                where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
+                do="Make a plan for training without --redundant-slots",
+            )
+        )
+
+
+def _expert_group(placement: Placement, name: str) -> nn.Module:
+    """A `deepspeed.moe` layer without parameters, for the engine to find."""
+    from deepspeed.moe.layer import MoE
+
+    class ExpertGroup(MoE):
+        """Marks the model as one with experts; the experts themselves are elsewhere."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.expert_group_name = name
+            self.num_experts = placement.num_experts
+            self.ep_size = placement.ep_size
+            # DeepSpeed writes and reads a file for each of these; ours are in other files.
+            self.num_local_experts = 0
+
+        def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+            """The groups are registered already."""
+
+    return ExpertGroup()
+
+
+def _group_name(groups: GroupPlan) -> str:
+    """DeepSpeed reads the size of a group from its name."""
+    return f"ep_size_{groups.ep_size}"
+
+
+def _register(groups: GroupPlan) -> ProcessGroups:
+    """Make the groups known to DeepSpeed, or find them there from an earlier engine."""
+    from deepspeed.utils import groups as registry
+
+    name, rank = _group_name(groups), dist.get_rank()
+    mine = [
+        next(ranks for ranks in kind if rank in ranks)
+        for kind in (groups.expert_parallel, groups.expert_data_parallel)
+    ]
+    tables = (
+        (registry._EXPERT_PARALLEL_GROUP, registry._EXPERT_PARALLEL_GROUP_RANKS),
+        (registry._EXPERT_DATA_PARALLEL_GROUP, registry._EXPERT_DATA_PARALLEL_GROUP_RANKS),
+    )
+    if name in registry._EXPERT_PARALLEL_GROUP:
+        found = [tuple(ranks[name]) for _, ranks in tables]
+        if found != mine:
+            raise ConfigError(
+                explain(
+                    f"DeepSpeed has other groups of {groups.ep_size} expert-parallel ranks already",
+                    where="semantic_ep.groups.scope, --semantic-ep-groups-scope",
+                    got=str(found),
+                    allowed=str(mine),
+                    do="Make the engine with the plan first",
+                )
+            )
+        expert, data = (made[name] for made, _ in tables)
+        return ProcessGroups(expert_parallel=expert, expert_data_parallel=data)
+    created = groups.create()
+    for (made, ranks), group, members in zip(
+        tables, (created.expert_parallel, created.expert_data_parallel), mine, strict=True
+    ):
+        made[name], ranks[name] = group, list(members)
+    return created
+
+
+def _topology_of_job() -> Topology:
+    """Node of every rank, by host name; collective."""
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    nodes = list(dict.fromkeys(names))
+    return Topology(node_of_rank=tuple(nodes.index(name) for name in names))
