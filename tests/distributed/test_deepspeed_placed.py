@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -12,22 +15,32 @@ import torch
 from torch import distributed as dist
 
 from semantic_ep.artifacts import ModelFingerprint
+from semantic_ep.errors import CheckpointError, ConfigError, PeerFailureError, PlacementError
+from semantic_ep.integrations.deepspeed import peers_must_answer
+from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
 from tests.distributed.launcher import run_ranks
-from tests.distributed.test_deepspeed_training import batches, deepspeed_config, start, tiny_model
+from tests.distributed.test_deepspeed_training import (
+    BruteForce,
+    assert_same_counts,
+    batches,
+    deepspeed_config,
+    start,
+    tiny_model,
+)
 
 pytestmark = pytest.mark.distributed
 
 LAYERS, EXPERTS, VOCAB = (0, 2), 8, 96
 
 
-def save_plan(path, rank_of_expert):
-    """A plan that puts expert e of MoE layer l on rank `rank_of_expert[l][e]`."""
-    placement = Placement.from_rank_of_expert(
-        np.array(rank_of_expert), ep_size=int(np.max(rank_of_expert)) + 1
-    )
+def save_plan(path, placement):
+    """A plan of a placement, or of the rank of each expert by MoE layer."""
+    if not isinstance(placement, Placement):
+        ranks = np.array(placement)
+        placement = Placement.from_rank_of_expert(ranks, ep_size=int(ranks.max()) + 1)
     plan = Plan(
         placement=placement,
         schedule=Schedule(
@@ -53,12 +66,12 @@ FOUR_RANKS = [[3, 1, 0, 2, 0, 2, 1, 3], [2, 3, 1, 0, 3, 1, 0, 2]]
 @pytest.fixture
 def plan(tmp_path):
     numbers = iter(range(100))
-    return lambda ranks: save_plan(tmp_path / f"plan{next(numbers)}", ranks)
+    return lambda placement: save_plan(tmp_path / f"plan{next(numbers)}", placement)
 
 
-def placed_engine(plan, stage=0, output=None, **changes):
+def placed_engine(plan, stage=0, output=None, section=None):
     """An engine under a plan; without one, every rank holds every expert."""
-    section = {"enabled": plan is not None}
+    section = {"enabled": plan is not None, **(section or {})}
     if plan is not None:
         section["plan"] = {"artifact": str(plan)}
     if output is not None:
@@ -68,7 +81,6 @@ def placed_engine(plan, stage=0, output=None, **changes):
         zero_optimization={"stage": stage},
         gradient_accumulation_steps=1,
         semantic_ep=section,
-        **changes,
     )
     return start(tiny_model(), config)
 
@@ -146,3 +158,112 @@ def test_a_resumed_run_goes_on_under_the_same_plan_another_plan_and_another_ep_s
     for ranks in (FOUR_RANKS, CONTIGUOUS):
         wider = run_ranks(_resume, 4, plan(ranks), stage, tmp_path)[0]
         assert wider == pytest.approx(expected, abs=1e-5)
+
+
+def _observe_and_export(rank, ranks, plan, output):
+    from semantic_ep.integrations.deepspeed import LoadBalancingLoss, save_huggingface_checkpoint
+
+    engine = placed_engine(plan, 1, output / "profile")
+    balance = LoadBalancingLoss(engine.module)
+    count = BruteForce(
+        [engine.module.get_submodule(f"model.layers.{layer}.mlp.gate") for layer in LAYERS],
+        lambda _router, _args, output: output[2],
+    )
+    for token_id, mask in data_of(rank, 4):
+        loss = count.forward(engine, token_id, mask, labels=token_id).loss
+        engine.backward(loss + 0.1 * balance.of_last_pass(mask.reshape(-1)))
+        engine.step()
+    engine.save_checkpoint(str(output / "checkpoint"))
+    save_huggingface_checkpoint(engine, output / "model", max_shard_bytes=20_000)
+    with pytest.raises(CheckpointError, match="experts of rank 0 only"):
+        engine.save_16bit_model(str(output))
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(input_ids=token_id, attention_mask=mask).logits
+    sent = engine.placed_experts.dispatcher.stats.snapshot()
+    return (
+        (token_id, mask, logits),
+        count.profile(engine.semantic_ep.fingerprint()),
+        sent,
+        balance.max_over_mean(),
+    )
+
+
+def test_a_placed_run_records_its_routing_and_exports_its_model_in_logical_order(plan, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    results = run_ranks(_observe_and_export, 2, plan(UNEVEN), tmp_path)
+    assert_same_counts(RoutingProfile.read(tmp_path / "profile"), results[0][1])
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for (token_id, mask, logits), _, sent, imbalance in results:
+        with torch.no_grad():
+            reloaded = model.eval()(input_ids=token_id, attention_mask=mask).logits
+        real = mask.bool()
+        torch.testing.assert_close(reloaded[real], logits[real], rtol=1e-5, atol=1e-5)
+        assert sent["activations"].sum() == 5 * len(LAYERS) * token_id.numel() * 2
+        assert imbalance >= 1
+
+
+def _die_while_saving(rank, ranks, plan, output):
+    engine = placed_engine(plan, 1)
+    train(engine, data_of(rank, 5))
+    engine.save_checkpoint(str(output), client_state={"seen": 5})
+    expected = train(engine, data_of(rank, 10)[5:])
+    if rank == 1:
+        # Half of a file of its own is written when the rank is killed.
+        save, files = engine.checkpoint_engine.save, []
+
+        def killed(state, path):
+            save(state, path)
+            files.append(path)
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        engine.checkpoint_engine.save = killed
+    with pytest.raises(PeerFailureError):  # noqa: SIM117
+        with peers_must_answer():
+            engine.save_checkpoint(str(output), client_state={"seen": 10})
+    return expected
+
+
+def test_a_rank_killed_while_saving_leaves_the_checkpoint_before_to_resume_from(plan, tmp_path):
+    mixed = plan(MIXED)
+    expected = run_ranks(_die_while_saving, 2, mixed, tmp_path, dying=[1])[0]
+    assert (tmp_path / "global_step10").is_dir()
+    assert (tmp_path / "latest").read_text() == "global_step5"
+    assert run_ranks(_resume, 2, mixed, 1, tmp_path)[0] == expected
+
+
+def _refusals(rank, ranks, plans, checkpoint):
+    def refused(error, match, plan, stage=0, **section):
+        with pytest.raises(error, match=match):
+            placed_engine(plans[plan], stage, section=section)
+
+    refused(ConfigError, "only in AutoEP's own layers", "mixed", 3)
+    refused(ConfigError, "does not divide the world size 2", "four ranks")
+    refused(ConfigError, "another number of ranks", "mixed", groups={"ep_size": 1})
+    refused(PlacementError, "would be trained apart", "copies")
+    engine = placed_engine(plans["mixed"])
+    with pytest.raises(CheckpointError, match="does not say where its experts are"):
+        engine.load_checkpoint(str(checkpoint), "absent")
+    engine.save_checkpoint(str(checkpoint))
+    with pytest.raises(CheckpointError, match="ZeRO 0 and ZeRO 1 or 2 store it differently"):
+        placed_engine(plans["uneven"], 1).load_checkpoint(str(checkpoint))
+
+
+def test_what_cannot_be_trained_or_resumed_under_a_plan_is_refused_with_the_reason(plan, tmp_path):
+    copies = Placement(
+        physical_to_logical_map=np.array([[0, 1, 2, 3, 7, 4, 5, 6, 7, 0]] * 2),
+        num_experts=EXPERTS,
+        ep_size=2,
+    )
+    plans = {
+        "mixed": plan(MIXED),
+        "uneven": plan(UNEVEN),
+        "four ranks": plan(FOUR_RANKS),
+        "copies": plan(copies),
+    }
+    run_ranks(_refusals, 2, plans, tmp_path)
