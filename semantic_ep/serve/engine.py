@@ -8,22 +8,23 @@ the exchanges with no tokens until the last rank is done.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from semantic_ep.apply.checkpoint import Checkpoint
-from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.deepspeed.inference import ExpertParallelModel, init_inference
 from semantic_ep.integrations.sharded_loading import expert_bytes
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.collectives import peer_guard
-from semantic_ep.serve.generation import GreedyBatch
+from semantic_ep.serve.protocol import EngineRequest, SamplingParams
+from semantic_ep.serve.requests import check_request
+from semantic_ep.serve.worker import RankWorker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +42,7 @@ class Generation:
 
 
 class SemanticInferenceEngine:
-    """Greedy generation on `deepspeed.init_inference` with experts sharded by a placement."""
+    """A model on `deepspeed.init_inference` with experts sharded by a placement."""
 
     def __init__(self, model: ExpertParallelModel, group: ProcessGroup) -> None:
         self.model = model
@@ -85,14 +86,16 @@ class SemanticInferenceEngine:
         return self.expert_bytes_resident // placement.slots_per_rank * placement.num_experts
 
     @property
-    def stop_ids(self) -> frozenset[int]:
-        """End-of-sequence ids of the checkpoint's generation config."""
-        stop = self.model.module.generation_config.eos_token_id
-        if stop is None:
-            return frozenset()
-        return frozenset(stop if isinstance(stop, list) else [stop])
+    def max_model_tokens(self) -> int | None:
+        """Longest sequence that the model's positions allow, if it says."""
+        return getattr(self.model.module.config.get_text_config(), "max_position_embeddings", None)
 
-    @torch.inference_mode()
+    def worker(self, *, kv_cache_tokens: int, **options: Any) -> RankWorker:
+        """Start serving on this rank; see `RankWorker` for the options."""
+        return RankWorker(
+            self.model, rank=self.group.rank(), kv_cache_tokens=kv_cache_tokens, **options
+        )
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -113,37 +116,30 @@ class SemanticInferenceEngine:
             on_tokens: Called after each step with the number of tokens generated here.
 
         Raises:
-            ConfigError: A prompt is empty or too long for the model.
+            RequestError: A prompt is empty or too long for the model.
             PeerFailureError: Another rank died or did not answer in time.
         """
-        self._check_prompts(prompts, max_new_tokens)
         self.model.context.timer.reset()
+        sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0)
+        requests = [
+            EngineRequest(id=str(index), prompt_token_ids=prompt, sampling=sampling)
+            for index, prompt in enumerate(prompts)
+        ]
+        limit = self.max_model_tokens or math.inf
+        for request in requests:
+            check_request(request, max_sequence_tokens=limit)
+        worker = self.worker(
+            kv_cache_tokens=_cache_for(requests, max_batch_size), max_sequences=max_batch_size
+        )
+        for request in requests:
+            worker.add(request)
         outputs: list[list[int]] = [[] for _ in prompts]
-        # Equal lengths together: less padding goes through attention.
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        waiting = [order[i : i + max_batch_size] for i in range(0, len(order), max_batch_size)]
-        batch: GreedyBatch | None = None
-        members: list[int] = []
-        while self._anybody_works(batch is not None or bool(waiting)):
-            if batch is None and waiting:
-                members = waiting.pop()
-                batch = GreedyBatch(
-                    self.model,
-                    [prompts[index] for index in members],
-                    max_new_tokens=max_new_tokens,
-                    stop_ids=self.stop_ids,
-                )
-            if batch is None:
-                for experts in self.model.experts:
-                    experts.run_idle()
-                continue
-            generated = batch.step()
-            if on_tokens is not None:
-                on_tokens(generated)
-            if batch.finished:
-                for index, output in zip(members, batch.outputs):
-                    outputs[index] = output
-                batch = None
+        while self._anybody_works(bool(worker.batcher)):
+            events = worker.step()
+            for event in events:
+                outputs[int(event.request_id)] += event.token_ids
+            if on_tokens is not None and events:
+                on_tokens(len(events))
         return Generation(outputs=outputs, seconds=self.model.context.timer.seconds())
 
     def _anybody_works(self, working: bool) -> bool:
@@ -152,16 +148,11 @@ class SemanticInferenceEngine:
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
         return bool(flag)
 
-    def _check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        config = self.model.module.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None) or np.inf
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= longest - max_new_tokens:
-                raise ConfigError(
-                    explain(
-                        f"prompt {index} cannot be served",
-                        got=f"{len(prompt)} tokens and {max_new_tokens} to generate",
-                        allowed=f"at least 1 token, and {longest} in all",
-                        do="Cut the prompt, or lower --max-new-tokens",
-                    )
-                )
+
+def _cache_for(requests: Sequence[EngineRequest], together: int, block_size: int = 16) -> int:
+    """Positions that the longest `together` requests may need, in whole blocks."""
+    needed = sorted(
+        (len(request.prompt_token_ids) + request.sampling.max_tokens for request in requests),
+        reverse=True,
+    )
+    return sum(-(-tokens // block_size) * block_size for tokens in needed[:together])

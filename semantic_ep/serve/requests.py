@@ -1,4 +1,4 @@
-"""Requests from a file, and responses to one."""
+"""Requests: from a file, whether they can be served, and responses to a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from semantic_ep.artifacts import write_file_atomically
-from semantic_ep.errors import ConfigError, explain
+from semantic_ep.errors import ConfigError, RequestError, explain
+from semantic_ep.serve.protocol import EngineRequest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,47 @@ class Request:
 
     row: dict[str, Any]
     prompt: list[int]
+
+
+def check_request(request: EngineRequest, *, max_sequence_tokens: float) -> None:
+    """Refuse a request that can never be served.
+
+    Args:
+        request: What was asked for.
+        max_sequence_tokens: Longest prompt plus output, of the model and of the KV cache.
+
+    Raises:
+        RequestError: A value is out of its range, or prompt and output together are too long.
+    """
+    sampling, prompt = request.sampling, len(request.prompt_token_ids)
+    ranges = {
+        "prompt_token_ids": (prompt >= 1, "at least 1 token", f"{prompt} tokens"),
+        "max_tokens": (sampling.max_tokens >= 1, "at least 1", sampling.max_tokens),
+        "temperature": (
+            0 <= sampling.temperature < float("inf"),
+            "0 (greedy) or more, finite",
+            sampling.temperature,
+        ),
+        "top_p": (0 < sampling.top_p <= 1, "above 0, at most 1", sampling.top_p),
+        "top_k": (sampling.top_k >= 0, "0 (all) or more", sampling.top_k),
+        "stop": (all(sampling.stop), "texts that are not empty", sampling.stop),
+        "logprobs": ((sampling.logprobs or 0) >= 0, "0 or more", sampling.logprobs),
+    }
+    for name, (valid, allowed, got) in ranges.items():
+        if not valid:
+            raise RequestError(
+                explain("the request cannot be served", where=name, got=got, allowed=allowed)
+            )
+    if prompt + sampling.max_tokens > max_sequence_tokens:
+        raise RequestError(
+            explain(
+                "the request is too long",
+                where="prompt_token_ids, max_tokens",
+                got=f"{prompt} tokens and {sampling.max_tokens} to generate",
+                allowed=f"{max_sequence_tokens} in all",
+                do="Cut the prompt, or lower max_tokens",
+            )
+        )
 
 
 def read_requests(

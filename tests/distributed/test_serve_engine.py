@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from semantic_ep.errors import BackendError, CheckpointError, ConfigError, PeerFailureError
+from semantic_ep.errors import BackendError, CheckpointError, PeerFailureError, RequestError
 from semantic_ep.plan.placement import Placement
 from tests.distributed.launcher import run_ranks
 
@@ -186,8 +186,8 @@ def _refusals(rank, ranks, directory):
     with pytest.raises(PlacementError, match="got 2 MoE layers of 16 experts"):
         load(directory, other)
     engine = load(directory, contiguous(1))
-    for prompt in ([], [5] * 60):
-        with pytest.raises(ConfigError, match="prompt 1 cannot be served"):
+    for prompt, message in (([], "at least 1 token"), ([5] * 60, "too long.*64 in all")):
+        with pytest.raises(RequestError, match=message):
             engine.generate([[4], prompt], max_new_tokens=8)
     checkpoint = Checkpoint.open(directory)
     checkpoint.config["quantization_config"] = {"quant_method": "mxfp4"}

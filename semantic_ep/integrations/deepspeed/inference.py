@@ -20,6 +20,7 @@ from semantic_ep.integrations.expert_parallel import (
     StepContext,
     replace_experts,
 )
+from semantic_ep.integrations.paged_attention import ATTENTION, register_paged_attention
 from semantic_ep.integrations.sharded_loading import load_expert_shard
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.backends import VerifiedDispatcher, create_dispatcher
@@ -35,7 +36,8 @@ class ExpertParallelModel:
     """A model inside DeepSpeed-Inference whose experts are spread over an EP group.
 
     Attributes:
-        engine: `deepspeed.InferenceEngine`; call it like the model.
+        engine: `deepspeed.InferenceEngine`; call it like the model, with a `PagedKVCache` and its
+            `packed_batch`.
         experts: The expert modules in layer order.
         context: What they share; set its mask before each call.
         dispatcher: Of the EP group, with its counters.
@@ -52,6 +54,14 @@ class ExpertParallelModel:
     def module(self) -> nn.Module:
         """The Hugging Face model."""
         return self.engine.module
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """End-of-sequence ids of the checkpoint's generation config."""
+        stop = self.module.generation_config.eos_token_id
+        if stop is None:
+            return frozenset()
+        return frozenset(stop if isinstance(stop, list) else [stop])
 
 
 def init_distributed(*, device_type: str, peer_timeout: float) -> None:
@@ -110,6 +120,8 @@ def init_inference(
             )
         )
     model = load_expert_shard(checkpoint, placement=placement, rank=group.rank(), dtype=dtype)
+    register_paged_attention()
+    model.set_attn_implementation(ATTENTION)
     dispatcher = create_dispatcher(
         backend,
         group=group,

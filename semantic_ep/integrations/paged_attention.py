@@ -1,0 +1,298 @@
+"""Attention of Hugging Face models over a paged KV cache, for sequences packed without padding.
+
+A step packs the new tokens of all its sequences into one row, [1, T]: linear layers and experts
+never see padding. Only attention needs to know sequences apart. The cache stands where a model
+expects transformers' `Cache`: `update` stores the new keys and values in the blocks of their
+sequences and returns those of every sequence, gathered. The attention function, registered with
+transformers, then runs group by group: sequences with about as many queries and keys are padded
+to a rectangle. Models that expand latent keys after the cache (DeepSeek) work unchanged.
+
+Shapes: T new tokens, N gathered cache positions, H query heads, J key/value heads, D head size,
+B sequences of a group, Q queries of each, P positions of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ATTENTION = "semantic_ep_paged"
+
+# A group is closed when padding would make its rectangle this much larger than its content.
+_PADDING_LIMIT = 2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """New tokens of one sequence.
+
+    Attributes:
+        start: Position of the first.
+        count: How many, at least 1.
+        blocks: Blocks of the sequence in order of position; they reach to the last new token.
+    """
+
+    start: int
+    count: int
+    blocks: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Group:
+    """Sequences that attend together.
+
+    Attributes:
+        tokens: Range of T.
+        positions: Range of N, B * P long.
+        query_BQ: int64, index of each query in the range of tokens; padding repeats the last.
+        kept: int64, indices of real queries in the flattened B * Q; None if all are.
+        position_BQ: int64, position of each query in its sequence.
+        biases: Additive masks by window, made on first use.
+    """
+
+    tokens: tuple[int, int]
+    positions: tuple[int, int]
+    query_BQ: Tensor
+    kept: Tensor | None
+    position_BQ: Tensor
+    biases: dict[int | None, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return (self.positions[1] - self.positions[0]) // len(self.query_BQ)
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, Q, P]: 0 where a query may look, -inf elsewhere."""
+        if window not in self.biases:
+            key_P = torch.arange(self.length, device=self.position_BQ.device)
+            query_BQ1 = self.position_BQ[:, :, None]
+            visible = key_P <= query_BQ1
+            if window is not None:
+                visible &= key_P > query_BQ1 - window
+            bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            self.biases[window] = bias.masked_fill_(~visible, -torch.inf)
+        return self.biases[window]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PackedBatch:
+    """How the chunks of a step lie in the packed row.
+
+    Attributes:
+        order: Chunk that each place in the row belongs to, as a list of chunk indices.
+        position_T: int64, position of each token in its sequence.
+        slot_T: int64, where its key and value are stored, block * block size + offset.
+        block_N: int64, blocks to gather, group by group.
+        last_C: int64, index in the row of the last token of each chunk, in the order given.
+        groups: See there.
+    """
+
+    order: list[int]
+    position_T: Tensor
+    slot_T: Tensor
+    block_N: Tensor
+    last_C: Tensor
+    groups: list[_Group]
+
+    @classmethod
+    def build(
+        cls, chunks: Sequence[Chunk], *, block_size: int, device: torch.device
+    ) -> PackedBatch:
+        """Group chunks by size and lay them out."""
+        order = sorted(
+            range(len(chunks)), key=lambda c: (chunks[c].count, chunks[c].start, -c), reverse=True
+        )
+        position, slot, gathered, last = [], [], [], [0] * len(chunks)
+        groups = []
+        for members in _grouped(order, chunks):
+            first_token, first_block = len(position), len(gathered)
+            width = max(len(chunks[c].blocks) for c in members)
+            queries = max(chunks[c].count for c in members)
+            rows, positions, kept = [], [], []
+            for number, c in enumerate(members):
+                chunk, offset = chunks[c], len(position) - first_token
+                mine = range(chunk.start, chunk.start + chunk.count)
+                slot += [chunk.blocks[p // block_size] * block_size + p % block_size for p in mine]
+                position += mine
+                # Blocks past the end are never visible; any valid block will do.
+                gathered += [*chunk.blocks, *[0] * (width - len(chunk.blocks))]
+                padding = queries - chunk.count
+                rows.append(
+                    [*range(offset, offset + chunk.count)]
+                    + [len(position) - 1 - first_token] * padding
+                )
+                positions.append([*mine] + [mine[-1]] * padding)
+                kept += range(number * queries, number * queries + chunk.count)
+                last[c] = len(position) - 1
+            groups.append(
+                _Group(
+                    tokens=(first_token, len(position)),
+                    positions=(first_block * block_size, len(gathered) * block_size),
+                    query_BQ=torch.tensor(rows, device=device),
+                    kept=None
+                    if len(kept) == len(members) * queries
+                    else torch.tensor(kept, device=device),
+                    position_BQ=torch.tensor(positions, device=device),
+                )
+            )
+        return cls(
+            order=order,
+            position_T=torch.tensor(position, device=device),
+            slot_T=torch.tensor(slot, device=device),
+            block_N=torch.tensor(gathered, device=device),
+            last_C=torch.tensor(last, device=device),
+            groups=groups,
+        )
+
+
+def _grouped(order: Sequence[int], chunks: Sequence[Chunk]) -> list[list[int]]:
+    """Split an order by falling size where padding would waste too much.
+
+    Decoding sequences (one query) stay apart from chunks of prompts.
+    """
+    groups: list[list[int]] = []
+    content, width, queries = 0.0, 0, 0
+    for c in order:
+        count, blocks = chunks[c].count, len(chunks[c].blocks)
+        if groups and (count == 1) == (queries == 1):
+            area = (len(groups[-1]) + 1) * queries * max(width, blocks)
+            if area <= _PADDING_LIMIT * (content + count * blocks):
+                groups[-1].append(c)
+                content, width = content + count * blocks, max(width, blocks)
+                continue
+        groups.append([c])
+        content, width, queries = count * blocks, blocks, count
+    return groups
+
+
+class PagedKVCache:
+    """Keys and values of all sequences of a rank, in blocks.
+
+    Stands where transformers' models expect a `Cache`. Memory is taken at the first step, when
+    the shapes are known.
+
+    Args:
+        num_blocks: Blocks.
+        block_size: Positions of a block.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.batch: PackedBatch | None = None
+        self._pools: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the layers seen so far."""
+        return sum(pool.nbytes for pools in self._pools.values() for pool in pools)
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store [1, J, T, D] of the step's tokens; return [1, J, N, D] of their sequences."""
+        assert self.batch is not None
+        if layer_idx not in self._pools:
+            size = self.num_blocks * self.block_size
+            self._pools[layer_idx] = tuple(
+                new.new_zeros(new.shape[1], size, new.shape[3]) for new in (key, value)
+            )
+        return tuple(
+            self._store_and_gather(pool, new)
+            for pool, new in zip(self._pools[layer_idx], (key, value))
+        )
+
+    def _store_and_gather(self, pool_JSD: Tensor, new_1JTD: Tensor) -> Tensor:
+        pool_JSD.index_copy_(1, self.batch.slot_T, new_1JTD[0])
+        heads, _, size = pool_JSD.shape
+        blocks = pool_JSD.view(heads, self.num_blocks, self.block_size * size)
+        return blocks.index_select(1, self.batch.block_N).view(1, heads, -1, size)
+
+
+def register_paged_attention() -> None:
+    """Make the attention function known to transformers under `ATTENTION`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, paged_attention)
+
+
+def paged_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_batch: PackedBatch,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of a packed step, as transformers calls it.
+
+    Args:
+        module: The attention module.
+        query: [1, H, T, D].
+        key: [1, J, N, D], from `PagedKVCache.update`, or expanded from it.
+        value: [1, J, N, D'].
+        attention_mask: None: the batch says what is visible.
+        packed_batch: Passed to the model's forward by that name.
+        scaling: Of the scores; None: one over the root of D.
+        sliding_window: Positions that a query sees, itself included; None: all.
+        s_aux: [H], a learned score of attending to nothing (gpt-oss).
+
+    Returns:
+        [1, T, H, D'] and None.
+    """
+    assert attention_mask is None
+    window = sliding_window or getattr(module, "sliding_window", None)
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = [
+        _attend(group, query[0], key[0], value[0], window, scaling, s_aux)
+        for group in packed_batch.groups
+    ]
+    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def _attend(
+    group: _Group,
+    query_HTD: Tensor,
+    key_JND: Tensor,
+    value_JND: Tensor,
+    window: int | None,
+    scaling: float,
+    sink_H: Tensor | None,
+) -> Tensor:
+    """[tokens of the group, H, D']."""
+    sequences, queries = group.query_BQ.shape
+    heads = len(key_JND)
+    shared = len(query_HTD) // heads
+    bias_BQP = group.bias(window, query_HTD.dtype)
+    # Query heads that share a key head become further queries: keys are not repeated.
+    mine = query_HTD[:, group.tokens[0] : group.tokens[1]]
+    if group.kept is not None:
+        mine = mine[:, group.query_BQ.flatten()]
+    query_JBSQD = mine.reshape(heads, shared, sequences, queries, -1).transpose(1, 2)
+    query = query_JBSQD.reshape(heads, sequences, shared * queries, -1)
+    bias = bias_BQP[:, None].expand(-1, shared, -1, -1).reshape(sequences, shared * queries, -1)
+    begin, end = group.positions
+    key = key_JND[:, begin:end].unflatten(1, (sequences, -1))
+    value = value_JND[:, begin:end].unflatten(1, (sequences, -1))
+    if sink_H is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias.expand(heads, -1, -1, -1), scale=scaling
+        )
+    else:
+        sink = sink_H.view(heads, 1, shared, 1, 1).expand(-1, sequences, -1, queries, -1)
+        scores = query @ key.transpose(-1, -2) * scaling + bias
+        scores = torch.cat([scores, sink.reshape(heads, sequences, -1, 1)], dim=-1)
+        out = scores.softmax(dim=-1)[..., :-1] @ value
+    out_BQHD = out.unflatten(2, (shared, queries)).permute(1, 3, 0, 2, 4)
+    out_NHD = out_BQHD.reshape(sequences * queries, heads * shared, -1)
+    return out_NHD if group.kept is None else out_NHD[group.kept]

@@ -1,0 +1,100 @@
+"""Continuous batching on one rank: which sequences run in the next step, with how many tokens.
+
+Decoding sequences run in every step; what is left of the token budget goes to chunks of prompts,
+oldest first. When blocks run out, the youngest sequence gives its up and is computed again later:
+the oldest one always proceeds, so that every request ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from semantic_ep.serve.blocks import BlockPool
+from semantic_ep.serve.protocol import RankLoad
+from semantic_ep.serve.sequences import Sequence
+
+
+class Batcher:
+    """Running and waiting sequences of one rank.
+
+    Args:
+        pool: Blocks of the KV cache.
+        max_sequences: Sequences that run together.
+        max_step_tokens: Tokens of a step, at least `max_sequences`.
+
+    Attributes:
+        preemptions: Times a sequence lost its blocks.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_sequences: int, max_step_tokens: int) -> None:
+        self.pool = pool
+        self.preemptions = 0
+        self._max_sequences = max_sequences
+        self._max_step_tokens = max_step_tokens
+        self._running: list[Sequence] = []  # by age
+        self._waiting: deque[Sequence] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence, whose prompt and output together fit into the pool."""
+        self._waiting.append(sequence)
+
+    def remove(self, request_id: str) -> Sequence | None:
+        """Take out a sequence and free its blocks; None if it is not here."""
+        for queue in (self._running, self._waiting):
+            for sequence in queue:
+                if sequence.request.id == request_id:
+                    queue.remove(sequence)
+                    self.pool.release(sequence.blocks)
+                    return sequence
+        return None
+
+    def plan(self) -> list[tuple[Sequence, int]]:
+        """Choose the sequences of the next step and how many tokens of each; takes their blocks."""
+        step: dict[Sequence, int] = {}
+        budget = self._max_step_tokens
+        # The sort is stable: decoding sequences first, each kind by age.
+        for sequence in sorted(self._running, key=lambda s: s.pending > 1):
+            count = min(sequence.pending, budget)
+            if count and sequence in self._running and self._take(sequence, count, step):
+                step[sequence] = count
+                budget -= count
+        while budget and self._waiting and len(self._running) < self._max_sequences:
+            sequence = self._waiting[0]
+            # The whole of it, or it would soon be pre-empted; what others need next goes first.
+            if self.pool.missing([], len(sequence.tokens)) > self.pool.num_free:
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            count = min(sequence.pending, budget)
+            self.pool.grow(sequence.blocks, len(sequence.tokens))
+            step[sequence] = count
+            budget -= count
+        return list(step.items())
+
+    def load(self) -> RankLoad:
+        """Sequences, pending prompt tokens and use of the cache."""
+        everything = [*self._running, *self._waiting]
+        used = self.pool.num_blocks - self.pool.num_free
+        return RankLoad(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            pending_tokens=sum(s.pending for s in everything if s.pending > 1),
+            kv_tokens_used=used * self.pool.block_size,
+            kv_tokens_total=self.pool.capacity,
+        )
+
+    def _take(self, sequence: Sequence, count: int, step: dict[Sequence, int]) -> bool:
+        """Get blocks for a sequence, from younger ones if need be; False if it was the youngest."""
+        while not self.pool.grow(sequence.blocks, sequence.computed + count):
+            victim = self._running.pop()
+            step.pop(victim, None)
+            self.pool.release(victim.blocks)
+            victim.computed = 0
+            self.preemptions += 1
+            self._waiting.appendleft(victim)
+            if victim is sequence:
+                return False
+        return True

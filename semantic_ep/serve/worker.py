@@ -1,0 +1,127 @@
+"""One rank's share of a lockstep step: batch, run the model once, choose tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from semantic_ep.integrations.deepspeed.inference import ExpertParallelModel
+from semantic_ep.integrations.paged_attention import Chunk, PackedBatch, PagedKVCache
+from semantic_ep.serve.batcher import Batcher
+from semantic_ep.serve.blocks import BlockPool
+from semantic_ep.serve.protocol import EngineRequest, TokenEvent
+from semantic_ep.serve.sampler import logprobs, sample
+from semantic_ep.serve.sequences import Sequence
+
+
+class RankWorker:
+    """Serves the requests of one rank; every rank of the group steps together.
+
+    Args:
+        model: Where to run.
+        rank: EP rank, for the events.
+        kv_cache_tokens: Positions of the KV cache, rounded down to whole blocks.
+        block_size: Positions of a block.
+        max_sequences: Sequences that run together.
+        max_step_tokens: Tokens of a step: decoding sequences, and chunks of prompts up to here.
+        tokenizer: Of transformers, for text and stop texts; None: tokens only.
+
+    Attributes:
+        prompt_tokens, new_tokens: Counted since the start.
+    """
+
+    def __init__(
+        self,
+        model: ExpertParallelModel,
+        *,
+        rank: int,
+        kv_cache_tokens: int,
+        block_size: int = 16,
+        max_sequences: int = 32,
+        max_step_tokens: int = 512,
+        tokenizer: Any = None,
+    ) -> None:
+        self.model = model
+        self.prompt_tokens = self.new_tokens = 0
+        self._rank = rank
+        self._tokenizer = tokenizer
+        pool = BlockPool(num_blocks=kv_cache_tokens // block_size, block_size=block_size)
+        self.batcher = Batcher(
+            pool, max_sequences=max_sequences, max_step_tokens=max(max_step_tokens, max_sequences)
+        )
+        self.cache = PagedKVCache(num_blocks=pool.num_blocks, block_size=block_size)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request that fits (see `SemanticInferenceEngine.check`)."""
+        self.batcher.add(Sequence(request, stop_ids=self.model.stop_ids, tokenizer=self._tokenizer))
+        self.prompt_tokens += len(request.prompt_token_ids)
+
+    def cancel(self, request_id: str) -> TokenEvent | None:
+        """End a request and free its blocks; None if it is not here."""
+        if self.batcher.remove(request_id) is None:
+            return None
+        return TokenEvent(request_id=request_id, finish_reason="cancelled", rank=self._rank)
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Run the model once, or take part in the exchanges without tokens. Communicates.
+
+        Raises:
+            PeerFailureError: Another rank died or did not answer in time.
+        """
+        work = self.batcher.plan()
+        self.model.context.mask_T = None
+        if not work:
+            for experts in self.model.experts:
+                experts.run_idle()
+            return []
+        device = self.model.context.timer.device
+        batch = PackedBatch.build(
+            [Chunk(start=s.computed, count=n, blocks=s.blocks) for s, n in work],
+            block_size=self.cache.block_size,
+            device=device,
+        )
+        self.cache.batch = batch
+        ids = [
+            token
+            for sequence, count in (work[c] for c in batch.order)
+            for token in sequence.tokens[sequence.computed : sequence.computed + count]
+        ]
+        ready = [row for row, (sequence, count) in enumerate(work) if count == sequence.pending]
+        logits_BV = self.model.engine(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=batch.position_T[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=batch.last_C[ready],
+            packed_batch=batch,
+        ).logits[0]
+        for sequence, count in work:
+            sequence.computed += count
+        return self._append(logits_BV, [work[row][0] for row in ready])
+
+    def _append(self, logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[TokenEvent]:
+        if not sequences:
+            return []
+        tokens = sample(logits_BV, sequences)
+        events = []
+        for sequence, token, told in zip(
+            sequences, tokens, logprobs(logits_BV, tokens, sequences), strict=True
+        ):
+            text, reason, stop = sequence.append(token)
+            if reason is not None:
+                self.batcher.remove(sequence.request.id)
+            events.append(
+                TokenEvent(
+                    request_id=sequence.request.id,
+                    token_ids=(token,),
+                    text=text,
+                    finish_reason=reason,
+                    stop_reason=stop,
+                    logprobs=told,
+                    rank=self._rank,
+                )
+            )
+        self.new_tokens += len(tokens)
+        return events
