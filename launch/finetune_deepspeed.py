@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune a mixture of experts with DeepSpeed AutoEP, and observe its routing.
+"""Fine-tune a mixture of experts with DeepSpeed, and observe its routing.
 
     OMP_NUM_THREADS=1 deepspeed --num_gpus 2 launch/finetune_deepspeed.py \\
         --deepspeed --deepspeed_config configs/debug/cpu_2rank.json \\
@@ -9,6 +9,9 @@
 random weights. Written to `--output`: train.jsonl, checkpoint/ (DeepSpeed), model/ (Hugging Face,
 experts in logical order), profile/ (routing of the training tokens) and holdout/ (routes of
 held-out documents through the trained model). `--semantic-ep-...` flags override the JSON.
+
+Experts are spread contiguously by AutoEP ("expert_parallel" in the JSON), or as a plan says
+(--semantic-ep-plan-artifact, without "expert_parallel"). `--load` goes on from a checkpoint.
 """
 
 from __future__ import annotations
@@ -55,6 +58,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="directory of launch/corpus.py")
     parser.add_argument("-o", "--output", type=Path, required=True, help="run directory")
     parser.add_argument("--model", type=Path, help="Hugging Face checkpoint to continue from")
+    parser.add_argument(
+        "--load", type=Path, help="checkpoint/ of an earlier run to go on from, under any plan"
+    )
     parser.add_argument("--config", dest="config", help="another name of --deepspeed_config")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     train = parser.add_argument_group("training")
@@ -146,6 +152,17 @@ def build_model(args: argparse.Namespace, tokenizer: Any) -> Any:
     return Qwen3MoeForCausalLM(config)
 
 
+def load(engine: Any, checkpoint: Path) -> None:
+    """Go on from the latest checkpoint in a directory.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    path, _ = engine.load_checkpoint(str(checkpoint))
+    if path is None:
+        raise ConfigError(explain("there is no checkpoint here", where=f"--load {checkpoint}"))
+
+
 def train(engine: Any, args: argparse.Namespace, tracker: Tracker, *, pad: int) -> None:
     """Run the training loop; one line in train.jsonl each log interval."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -161,7 +178,8 @@ def train(engine: Any, args: argparse.Namespace, tracker: Tracker, *, pad: int) 
     first_weight, last_weight = args.balance_loss
     started, tokens, window = time.monotonic(), 0, torch.zeros(4, dtype=torch.float64)
     engine.train()
-    for step in tqdm(range(1, args.steps + 1), desc="train", disable=None if rank == 0 else True):
+    steps = range(engine.global_steps + 1, args.steps + 1)
+    for step in tqdm(steps, desc="train", disable=None if rank == 0 else True):
         weight = first_weight + (last_weight - first_weight) * (step - 1) / args.steps
         for micro_step in range(accumulation):
             number = ((step - 1) * accumulation + micro_step) * ranks + rank
@@ -297,6 +315,8 @@ def run(args: argparse.Namespace) -> None:
             model_parameters=model.parameters(),
             tokenizer_json=tokenizer.backend_tokenizer.to_str(pretty=True).encode(),
         )
+        if args.load is not None:
+            load(engine, args.load)
         if dist.get_rank() == 0:
             print(f"{parameters / 1e6:.1f} M parameters on {dist.get_world_size()} ranks")
         with Tracker.start(

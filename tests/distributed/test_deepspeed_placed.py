@@ -69,7 +69,7 @@ def plan(tmp_path):
     return lambda placement: save_plan(tmp_path / f"plan{next(numbers)}", placement)
 
 
-def placed_engine(plan, stage=0, output=None, section=None):
+def placed_engine(plan, stage=0, output=None, section=None, **changes):
     """An engine under a plan; without one, every rank holds every expert."""
     section = {"enabled": plan is not None, **(section or {})}
     if plan is not None:
@@ -81,6 +81,7 @@ def placed_engine(plan, stage=0, output=None, section=None):
         zero_optimization={"stage": stage},
         gradient_accumulation_steps=1,
         semantic_ep=section,
+        **changes,
     )
     return start(tiny_model(), config)
 

@@ -80,7 +80,7 @@ def initialize(
     deepspeed_config = read_config(config, args)
     settings = SemanticEPConfig.resolve(json_section=section_of(deepspeed_config), args=args)
     if settings.enabled:
-        _check_possible(settings, deepspeed_config)
+        check_possible(settings, deepspeed_config)
     observe = settings.enabled and settings.observe.output != "auto"
     placed = settings.enabled and settings.plan.artifact != "auto"
     # AutoEP replaces modules and the identity of the model is read from them: before, not after.
@@ -238,7 +238,8 @@ def peers_must_answer() -> Iterator[None]:
         ) from error
 
 
-def _check_possible(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any]) -> None:
+def check_possible(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if the section contradicts the rest of a DeepSpeed configuration."""
     _check_placed(settings, deepspeed_config)
     autoep = deepspeed_config.get("expert_parallel", {})
     autoep_size = autoep.get("autoep_size") if autoep.get("enabled") else None
