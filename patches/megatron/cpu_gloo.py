@@ -216,7 +216,7 @@ SEAMS: tuple[Seam, ...] = (
             parameters=None,
             why='optimisers, schedules and checkpoints name device="cuda" literally',
         )
-        for name in ("empty", "empty_like", "tensor", "zeros")
+        for name in ("empty", "empty_like", "ones", "tensor", "zeros")
     ),
     _seam(
         "tensor_type",
@@ -252,6 +252,15 @@ SEAMS: tuple[Seam, ...] = (
         _wrap_move_to_cpu,
         parameters=("tensor", "as_numpy", "record_stream"),
         why="splits become numbers only when they come from a GPU; gloo rejects tensors",
+    ),
+    _seam(
+        "latent_attention",
+        "megatron.core.transformer.multi_latent_attention:HAVE_TE",
+        lambda original: False,
+        parameters=None,
+        versions=">=0.16,<0.17",
+        why="0.16 takes Transformer Engine as present, and asks whether a layer is of type None",
+        remove_when="0.16 is no longer supported",
     ),
     _seam(
         "router_gemm",

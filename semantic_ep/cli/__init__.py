@@ -18,6 +18,7 @@ VERBS = {
     "simulate": "count what a plan makes other routing cost, and whether it is out of date",
     "apply": "write a checkpoint permuted for engines that know no plan, or undo it",
     "export": "write a plan's placement in the file of another serving engine",
+    "convert": "turn a Hugging Face checkpoint into a Megatron one, or back",
     "report": "draw the report of a run from its measurements",
     "patches": "show the seams into upstream code, and check that they fit what is installed",
     "doctor": "show what is installed, what works here, and why the rest does not",
