@@ -11,9 +11,11 @@ import datetime
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from semantic_ep.apply.checkpoint import Checkpoint
+from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import BackendError, explain
 from semantic_ep.integrations.expert_parallel import (
     SemanticExperts,
@@ -24,9 +26,10 @@ from semantic_ep.integrations.paged_attention import ATTENTION, register_paged_a
 from semantic_ep.integrations.sharded_loading import load_expert_shard
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.backends import VerifiedDispatcher, create_dispatcher
+from semantic_ep.runtime.exchange import Exchanged, exchange_experts
+from semantic_ep.runtime.slots import slot_tables
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
     from torch.distributed import ProcessGroup
 
@@ -42,6 +45,8 @@ class ExpertParallelModel:
         context: What they share; set its mask before each call.
         dispatcher: Of the EP group, with its counters.
         placement: Which experts are where.
+        node_of_rank: [G], node of each EP rank.
+        fingerprint: Of the checkpoint.
     """
 
     engine: Any
@@ -49,6 +54,8 @@ class ExpertParallelModel:
     context: StepContext
     dispatcher: VerifiedDispatcher
     placement: Placement
+    node_of_rank: np.ndarray
+    fingerprint: ModelFingerprint
 
     @property
     def module(self) -> nn.Module:
@@ -119,6 +126,8 @@ def init_inference(
                 do=f"Start {placement.ep_size} ranks, or plan with --ep-size {group.size()}",
             )
         )
+    if node_of_rank is None:
+        node_of_rank = np.zeros(group.size(), dtype=np.int64)
     model = load_expert_shard(checkpoint, placement=placement, rank=group.rank(), dtype=dtype)
     register_paged_attention()
     model.set_attn_implementation(ATTENTION)
@@ -149,7 +158,33 @@ def init_inference(
         context=context,
         dispatcher=dispatcher,
         placement=placement,
+        node_of_rank=node_of_rank,
+        fingerprint=checkpoint.fingerprint(),
     )
+
+
+def move_experts(
+    model: ExpertParallelModel, placement: Placement
+) -> tuple[ExpertParallelModel, Exchanged]:
+    """Bring experts to the slots of another placement; every rank of the group calls this.
+
+    The model given must not be used after: the returned one shares its modules.
+
+    Raises:
+        PlacementError: The placement has another shape, or weights did not verify; nothing changed.
+        PeerFailureError: Another rank died or did not answer in time.
+    """
+    group = model.dispatcher.group
+    exchanged = exchange_experts(
+        [dict(experts.local.named_parameters()) for experts in model.experts],
+        old=model.placement,
+        new=placement,
+        group=group,
+    )
+    tables = slot_tables(placement, rank=group.rank(), node_of_rank=model.node_of_rank)
+    for experts, table_E in zip(model.experts, torch.from_numpy(tables), strict=True):
+        experts.slot_table_E.copy_(table_E)
+    return dataclasses.replace(model, placement=placement), exchanged
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -1,0 +1,248 @@
+"""Experts exchanged among the ranks of an EP group when the placement changes.
+
+`expert_moves` is arithmetic on placements. `exchange_experts` carries it out on any tensors that
+have one row a slot: weights, or optimizer state with them. New contents are received beside the
+old, verified against checksums of the logical experts, and only then copied into the slots; if any
+rank disagrees nothing changes on any. What is needed besides the tensors is room for the rows of
+this rank that change.
+
+Shapes: L MoE layers, E logical experts, S slots of this rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from semantic_ep.errors import PlacementError, explain
+from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime.collectives import peer_guard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SlotTensors = Sequence[Mapping[str, Tensor]]
+"""For each of the L layers, tensors by name whose first axis is the S slots of this rank."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Move:
+    """One slot gets another expert; slots are local to their rank."""
+
+    layer: int
+    expert: int
+    source_rank: int
+    source_slot: int
+    target_rank: int
+    target_slot: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exchanged:
+    """What an exchange did, over all ranks.
+
+    Attributes:
+        experts_moved: Slots that got another expert.
+        bytes_moved: Contents that went to another rank.
+        sha256: Of the checksums of all logical experts, the same before and after.
+    """
+
+    experts_moved: int
+    bytes_moved: int
+    sha256: str
+
+
+def expert_moves(old: Placement, new: Placement) -> list[Move]:
+    """Moves that turn one placement into another, by layer, then target slot.
+
+    A copy on the target's own rank is the source if there is one; else ranks spread over the
+    holders. A slot that the new placement leaves empty keeps what it had.
+
+    Raises:
+        PlacementError: The placements have different layers, experts, ranks or slots.
+    """
+    shapes = [(p.num_layers, p.num_experts, p.ep_size, p.slots_per_rank) for p in (old, new)]
+    if shapes[0] != shapes[1]:
+        raise PlacementError(
+            explain(
+                "experts cannot be exchanged between placements of different shape",
+                got=f"(layers, experts, ranks, slots a rank) {shapes[1]}",
+                allowed=str(shapes[0]),
+                do="Plan with the same --ep-size and --redundant-slots, or start anew",
+            )
+        )
+    slots = old.slots_per_rank
+    changed = (old.physical_to_logical_map != new.physical_to_logical_map) & (
+        new.physical_to_logical_map >= 0
+    )
+    moves = []
+    for layer, target in np.argwhere(changed).tolist():
+        expert = int(new.physical_to_logical_map[layer, target])
+        holders = np.flatnonzero(old.physical_to_logical_map[layer] == expert)
+        own = holders[holders // slots == target // slots]
+        source = int(own[0] if len(own) else holders[target // slots % len(holders)])
+        moves.append(
+            Move(
+                layer=layer,
+                expert=expert,
+                source_rank=source // slots,
+                source_slot=source % slots,
+                target_rank=target // slots,
+                target_slot=target % slots,
+            )
+        )
+    return moves
+
+
+def exchange_experts(
+    tensors: SlotTensors, *, old: Placement, new: Placement, group: ProcessGroup
+) -> Exchanged:
+    """Bring the experts of `new` into the slots, in place; every rank of the group calls this.
+
+    Args:
+        tensors: As `old` has them; names, shapes and dtypes are equal on all ranks.
+        old: Where experts are.
+        new: Where they shall be.
+        group: The EP group, of a backend that moves the tensors' device.
+
+    Raises:
+        PlacementError: Shapes differ, or copies or moved weights do not agree with their
+            checksum. Nothing has changed on any rank then.
+        PeerFailureError: Another rank died or did not answer in time; nothing has changed here.
+    """
+    moves = expert_moves(old, new)
+    rank = group.rank()
+    before = _agreed_checksums(_checksums(tensors, old, rank), group, "before the exchange")
+    staged = [
+        _receive_layer(layer_tensors, [m for m in moves if m.layer == layer], group)
+        for layer, layer_tensors in enumerate(tensors)
+    ]
+    arrived = _checksums(tensors, new, rank, staged)
+    held = arrived != _ABSENT
+    _agree(bool((arrived[held] == before[held]).all()), group, "after the exchange")
+    for layer_tensors, rows_of_slot in zip(tensors, staged, strict=True):
+        for slot, rows in rows_of_slot.items():
+            for name, row in rows.items():
+                layer_tensors[name].data[slot].copy_(row)
+    away = [m for m in moves if m.source_rank != m.target_rank]
+    return Exchanged(
+        experts_moved=len(moves),
+        bytes_moved=sum(_row_bytes(tensors[m.layer]) for m in away),
+        sha256=hashlib.sha256(before.numpy().tobytes()).hexdigest(),
+    )
+
+
+_ABSENT = torch.iinfo(torch.int64).min
+
+
+def _receive_layer(
+    tensors: Mapping[str, Tensor], moves: Sequence[Move], group: ProcessGroup
+) -> dict[int, dict[str, Tensor]]:
+    """Exchange the rows of one layer: {slot: {name: row}} of the slots that change here."""
+    rank, ranks, width = group.rank(), group.size(), _row_bytes(tensors)
+    sent = sorted((m for m in moves if m.source_rank == rank), key=lambda m: m.target_rank)
+    received = sorted((m for m in moves if m.target_rank == rank), key=lambda m: m.source_rank)
+    device = next(iter(tensors.values())).device
+    # The sort is stable, so that both ends list the rows between two ranks in the same order.
+    rows = [
+        torch.cat([t.data[m.source_slot].reshape(-1).view(torch.uint8) for t in tensors.values()])
+        for m in sent
+    ]
+    message = torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8, device=device)
+    buffer = torch.empty(len(received) * width, dtype=torch.uint8, device=device)
+    counts = [
+        (np.bincount([of(m) for m in part], minlength=ranks) * width).tolist()
+        for part, of in ((received, _source_rank), (sent, _target_rank))
+    ]
+    with peer_guard("exchange of experts", group):
+        dist.all_to_all_single(buffer, message, *counts, group=group)
+    return {
+        move.target_slot: _unpacked(buffer[number * width : (number + 1) * width], tensors)
+        for number, move in enumerate(received)
+    }
+
+
+def _source_rank(move: Move) -> int:
+    return move.source_rank
+
+
+def _target_rank(move: Move) -> int:
+    return move.target_rank
+
+
+def _unpacked(content: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of one slot from their bytes."""
+    rows, at = {}, 0
+    for name, tensor in tensors.items():
+        end = at + tensor[0].numel() * tensor.element_size()
+        # A copy: the bytes of a row may begin where its dtype cannot.
+        rows[name] = content[at:end].clone().view(tensor.dtype).view(tensor.shape[1:])
+        at = end
+    return rows
+
+
+def _row_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t[0].numel() * t.element_size() for t in tensors.values())
+
+
+def _checksums(
+    tensors: SlotTensors,
+    placement: Placement,
+    rank: int,
+    staged: Sequence[Mapping[int, Mapping[str, Tensor]]] | None = None,
+) -> Tensor:
+    """[L, E] int64 on the host, of the experts in this rank's slots; `_ABSENT` for the others."""
+    sums = torch.full((placement.num_layers, placement.num_experts), _ABSENT)
+    for layer, layer_tensors in enumerate(tensors):
+        for slot, expert in enumerate(placement.experts_of_rank(layer, rank).tolist()):
+            if expert >= 0:
+                rows = staged[layer].get(slot) if staged else None
+                if rows is None:
+                    rows = {name: tensor.data[slot] for name, tensor in layer_tensors.items()}
+                sums[layer, expert] = _checksum(rows)
+    return sums
+
+
+def _checksum(rows: Mapping[str, Tensor]) -> int:
+    """Of all bits, and of their order: a sum modulo 2^63 with odd weights, so never `_ABSENT`."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for number, row in enumerate(rows.values()):
+        bits = row.contiguous().view(-1).view(integers[row.element_size()]).to(torch.int64)
+        weight = torch.arange(len(bits), device=bits.device) * 2 + 1
+        total += int((bits * weight).sum()) * (2 * number + 1)
+    return total % 2**63
+
+
+def _agreed_checksums(own: Tensor, group: ProcessGroup, when: str) -> Tensor:
+    """[L, E] of all experts, from whoever holds them; all copies must agree."""
+    highest = _reduced(own, dist.ReduceOp.MAX, group)
+    copies = own != _ABSENT
+    _agree(bool((own[copies] == highest[copies]).all()), group, when)
+    return highest
+
+
+def _agree(fine: bool, group: ProcessGroup, when: str) -> None:
+    if not int(_reduced(torch.tensor(int(fine)), dist.ReduceOp.MIN, group)):
+        raise PlacementError(
+            explain(
+                f"copies of an expert differ {when}; the placement is unchanged",
+                where="exchange of experts",
+                do="Restart from the checkpoint: the weights of some rank are damaged",
+            )
+        )
+
+
+def _reduced(values: Tensor, operation: dist.ReduceOp, group: ProcessGroup) -> Tensor:
+    backend = dist.get_backend(group)
+    moved = values.to("cuda" if backend == "nccl" else "cpu", copy=True)
+    with peer_guard("agreement on an exchange of experts", group):
+        dist.all_reduce(moved, operation, group=group)
+    return moved.cpu()

@@ -1,0 +1,42 @@
+"""Take over another plan while serving: experts change places between two steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from semantic_ep.artifacts import ModelFingerprint
+from semantic_ep.integrations.deepspeed.inference import move_experts
+from semantic_ep.plan.placement import Placement
+from semantic_ep.plan.plan import Plan
+from semantic_ep.serve.worker import RankWorker
+
+
+def read_placement(plan: Path, fingerprint: ModelFingerprint) -> Placement:
+    """Placement of a plan artefact, which must be of the served model.
+
+    Raises:
+        ArtifactError: The plan is damaged. FingerprintError: It is of another model.
+    """
+    loaded = Plan.read(plan)
+    loaded.fingerprint.check(fingerprint, what=f"the served model, for {plan},")
+    return loaded.placement
+
+
+def take_over(worker: RankWorker, *, placement: Placement) -> dict[str, Any]:
+    """Exchange experts so that they lie as a placement says; every rank calls this together.
+
+    Outputs do not change: the same experts compute the same tokens elsewhere.
+
+    Returns:
+        "experts_moved", "bytes_moved" and "sha256" (see `Exchanged`), and "seconds".
+
+    Raises:
+        PlacementError: It has other ranks or slots, or weights did not verify; on all ranks alike.
+        PeerFailureError: Another rank died.
+    """
+    start = time.perf_counter()
+    worker.model, exchanged = move_experts(worker.model, placement)
+    return {**dataclasses.asdict(exchanged), "seconds": time.perf_counter() - start}

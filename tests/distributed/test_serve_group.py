@@ -1,0 +1,269 @@
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from semantic_ep.apply.checkpoint import checkpoint_fingerprint
+from semantic_ep.errors import PeerFailureError, PlacementError, RequestError, UnavailableError
+from semantic_ep.plan.plan import Plan
+from semantic_ep.plan.schedule import Schedule
+from semantic_ep.serve.protocol import EngineRequest, SamplingParams
+from tests.distributed.launcher import run_ranks
+from tests.distributed.test_serve_engine import (
+    EXPERTS,
+    LAYERS,
+    VOCAB,
+    load,
+    placements,
+    save_tiny_model,
+    single_process,
+)
+
+pytestmark = pytest.mark.distributed
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("group") / "model", "qwen3_moe")
+
+
+class Client:
+    """Submits requests to an engine and waits for their ends."""
+
+    def __init__(self, engine):
+        self.engine, self.events, self.ended = engine, {}, {}
+
+    def submit(self, name, prompt, sampling=GREEDY, on_event=None):
+        events, ended = self.events.setdefault(name, []), threading.Event()
+        self.ended[name] = ended
+
+        def take(event):
+            events.append(event)
+            if on_event is not None:
+                on_event(event)
+            if event.finish_reason is not None:
+                ended.set()
+
+        self.engine.submit(EngineRequest(id=name, prompt_token_ids=prompt, sampling=sampling), take)
+
+    def tokens(self, name):
+        assert self.ended[name].wait(60)
+        return [token for event in self.events[name] for token in event.token_ids]
+
+    def last(self, name):
+        assert self.ended[name].wait(60)
+        return self.events[name][-1]
+
+
+def serving(directory, test, *args, placement="random", **options):
+    """Run the loop on every rank and `test(client, *args)` on rank 0."""
+    from semantic_ep.serve.group_engine import GroupEngine
+    from semantic_ep.serve.lockstep import run_lockstep
+    from semantic_ep.serve.scheduler import RoundRobin
+
+    engine = load(directory, placements(dist.get_world_size())[placement])
+    worker = engine.worker(**{"kv_cache_tokens": 512, "block_size": 4, **options})
+    group = dist.group.WORLD
+    if dist.get_rank() != 0:
+        run_lockstep(worker, group)
+        return worker.batcher.pool.num_free
+    front = GroupEngine(
+        worker,
+        group,
+        scheduler=RoundRobin(),
+        max_sequence_tokens=min(64, worker.batcher.pool.capacity),
+    )
+    try:
+        test(Client(front), *args)
+    finally:
+        front.close()
+    assert not front.healthy
+    with pytest.raises(UnavailableError, match="closed"):
+        front.submit(EngineRequest(id="late", prompt_token_ids=[1], sampling=GREEDY), print)
+    return worker.batcher.pool.num_free
+
+
+def random_prompts(count, longest=40):
+    draw = np.random.default_rng(count)
+    lengths = draw.integers(1, longest, count)
+    return [draw.integers(3, VOCAB, length).tolist() for length in lengths]
+
+
+def _mixed(client, prompts, want):
+    # Arrivals while others run, cancelled ones between them.
+    for number, prompt in enumerate(prompts):
+        client.submit(f"r{number}", prompt)
+        client.submit(f"c{number}", prompt, SamplingParams(max_tokens=24, ignore_eos=True))
+        time.sleep(0.01)
+        client.engine.cancel(f"c{number}")
+    for number, tokens in enumerate(want):
+        assert client.tokens(f"r{number}") == tokens, number
+        assert client.last(f"c{number}").finish_reason in ("cancelled", "length")
+    client.engine.drain().result(60)
+    time.sleep(1.2)  # Counters of other ranks come every half second.
+    stats = client.engine.stats()
+    assert stats.running == stats.waiting == 0 and stats.kv_usage == 0
+    assert sum(rank.preemptions for rank in stats.ranks) > 0
+    assert all(rank.new_tokens > 0 and rank.routed_tokens > 0 for rank in stats.ranks)
+    assert 0 < stats.local_activation_rate < 1 and 0 < stats.remote_copies <= 1
+    assert stats.bytes_by_tier()["node"] > 0 and stats.bytes_by_tier()["network"] == 0
+
+
+def _mixed_batches(rank, ranks, directory):
+    prompts = random_prompts(10)
+    want = single_process(directory, prompts, GREEDY.max_tokens) if rank == 0 else None
+    # So few tokens a step that prompts come in chunks, and so few blocks that sequences are
+    # pre-empted.
+    free = serving(
+        directory, _mixed, prompts, want, kv_cache_tokens=80, max_step_tokens=8, max_sequences=6
+    )
+    assert free == 20
+
+
+def test_arrivals_chunks_preemptions_and_cancellations_do_not_change_tokens(model):
+    run_ranks(_mixed_batches, 2, model)
+
+
+def save_plan(directory, model, placement):
+    Plan(
+        placement=placement,
+        schedule=Schedule(
+            token_to_rank=np.zeros((LAYERS, VOCAB), dtype=np.int8),
+            confidence=np.zeros((LAYERS, VOCAB), dtype=np.uint8),
+            request_affinity=np.full((VOCAB, placement.ep_size), 0.5, dtype=np.float16),
+        ),
+        verdict={},
+        fingerprint=checkpoint_fingerprint(model),
+    ).save(directory)
+    return directory
+
+
+def _reload(client, plans, prompts, want):
+    done = []
+
+    def at_the_third_token(event):
+        if len(client.events["r0"]) == 3:
+            done.append(client.engine.reload_plan(plans["contiguous"]))
+
+    for number, prompt in enumerate(prompts):
+        client.submit(f"r{number}", prompt, on_event=at_the_third_token if not number else None)
+    assert [client.tokens(f"r{n}") for n in range(len(prompts))] == want
+    first = done[0].result(60)
+    assert first["experts_moved"] > 0 and first["bytes_moved"] > 0
+    again = client.engine.reload_plan(plans["contiguous"]).result(60)
+    assert again["experts_moved"] == again["bytes_moved"] == 0
+    assert again["sha256"] == first["sha256"]
+    with pytest.raises(PlacementError, match="slots a rank"):
+        client.engine.reload_plan(plans["replicated"]).result(60)
+    client.submit("after", prompts[0])
+    assert client.tokens("after") == want[0]
+    assert client.engine.stats().plan_reloads == 2
+
+
+def _reload_while_serving(rank, ranks, directory, plans):
+    prompts = random_prompts(4)
+    want = single_process(directory, prompts, GREEDY.max_tokens) if rank == 0 else None
+    serving(directory, _reload, plans, prompts, want)
+
+
+def test_a_plan_is_taken_over_between_two_steps_of_the_same_requests(model, tmp_path):
+    plans = {
+        name: save_plan(tmp_path / name, model, placement)
+        for name, placement in placements(2).items()
+    }
+    run_ranks(_reload_while_serving, 2, model, plans)
+
+
+def _sampling(client):
+    def twice(prompt, **settings):
+        sampling = SamplingParams(max_tokens=12, ignore_eos=True, **settings)
+        names = [f"{settings}{n}" for n in range(2)]
+        for name in names:
+            client.submit(name, prompt, sampling)
+        return [client.tokens(name) for name in names]
+
+    greedy, _ = twice([5, 6, 7], temperature=0)
+    same, equal = twice([5, 6, 7], seed=7)
+    assert same == equal != greedy
+    assert twice([5, 6, 7], top_k=1) == [greedy, greedy]
+    assert twice([5, 6, 7], top_p=1e-9) == [greedy, greedy]
+    one, other = twice([5, 6, 7])
+    assert one != other
+    stop = SamplingParams(max_tokens=12, temperature=0, stop_token_ids=(greedy[2],), logprobs=2)
+    client.submit("stop", [5, 6, 7], stop)
+    assert client.tokens("stop") == greedy[: greedy.index(greedy[2]) + 1]
+    assert client.last("stop").finish_reason == "stop"
+    assert client.last("stop").stop_reason == greedy[2]
+    (told,) = client.last("stop").logprobs
+    assert told.top[0] == (told.token_id, told.logprob) and len(told.top) == 2
+    for wrong, message in (
+        (SamplingParams(temperature=-1), "temperature"),
+        (SamplingParams(top_p=0), "top_p"),
+        (SamplingParams(max_tokens=0), "max_tokens"),
+        (SamplingParams(max_tokens=62), "too long.*64 in all"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            client.submit("wrong", [5, 6, 7], wrong)
+
+
+def _sample(rank, ranks, directory):
+    serving(directory, _sampling)
+
+
+def test_every_request_is_sampled_in_its_own_way(model):
+    run_ranks(_sample, 2, model)
+
+
+def _lose_a_rank(rank, ranks, directory, how):
+    from semantic_ep.serve.group_engine import GroupEngine
+    from semantic_ep.serve.lockstep import run_lockstep
+    from semantic_ep.serve.scheduler import RoundRobin
+
+    engine = load(directory, placements(ranks)["random"])
+    worker = engine.worker(kv_cache_tokens=512)
+    if rank == 1:
+        step, count = worker.step, iter(range(100))
+
+        def last_step():
+            if next(count) == 3:
+                os.kill(os.getpid(), how)
+            return step()
+
+        worker.step = last_step
+        run_lockstep(worker, dist.group.WORLD)
+    failed = threading.Event()
+    front = GroupEngine(
+        worker,
+        dist.group.WORLD,
+        scheduler=RoundRobin(),
+        max_sequence_tokens=64,
+        on_failure=lambda error: failed.set(),
+    )
+    client = Client(front)
+    start = time.monotonic()
+    for name in ("a", "b"):
+        client.submit(name, [5, 6], SamplingParams(max_tokens=40, ignore_eos=True))
+    for name in ("a", "b"):
+        assert client.last(name).finish_reason == "error"
+        assert "died or stopped answering" in client.last(name).error
+    assert failed.wait(5) and not front.healthy
+    assert PeerFailureError.__name__ in front.failure
+    with pytest.raises(UnavailableError, match="stopped answering"):
+        client.submit("c", [5])
+    return time.monotonic() - start
+
+
+def test_a_killed_rank_ends_requests_with_a_clear_error(model):
+    seconds, _ = run_ranks(_lose_a_rank, 2, model, signal.SIGKILL, dying=[1])
+    assert seconds < 10
+
+
+def test_a_rank_that_hangs_ends_requests_when_the_time_out_has_passed(model):
+    with pytest.raises(AssertionError, match=r"1 of 2 ranks failed\n--- rank 1: no result; killed"):
+        run_ranks(_lose_a_rank, 2, model, signal.SIGSTOP, collective_timeout=4, timeout=25)
