@@ -104,3 +104,34 @@ def test_a_run_resumed_under_a_plan_goes_on_as_if_nothing_had_moved(corpus, tmp_
     np.testing.assert_array_equal(again.load, profile.load)
     np.testing.assert_array_equal(again.coactivation, profile.coactivation)
     assert again.tokens == profile.tokens
+
+
+def test_a_trained_model_is_one_of_transformers_and_is_trained_on_from_there(
+    corpus, tmp_path, monkeypatch
+):
+    from transformers import AutoModelForCausalLM
+
+    from semantic_ep.cli import main
+
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from chunks import Chunks
+
+    first, model, megatron = tmp_path / "first", tmp_path / "model", tmp_path / "megatron"
+    done = finetune(corpus, first)
+    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["convert", "--from", "megatron", "--to", "hf", "--out", str(model)]
+    assert main([*words, "--checkpoint", str(first / "checkpoint")]) == 0
+    words = ["convert", "--from", "hf", "--to", "megatron", "--out", str(megatron)]
+    assert main([*words, "--model", str(model)]) == 0
+    done = finetune(
+        *(corpus, tmp_path / "second", f"@{megatron}/model.args", "--load", str(megatron)),
+        *("--finetune", "--train-iters", "1", "--lr-warmup-iters", "0", "--log-interval", "1"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    chunks = Chunks(corpus, length=LENGTH, pad=1, seed=0)
+    token_id, mask = (torch.cat(parts) for parts in zip(chunks.batch(0, 4), chunks.batch(1, 4)))
+    labels = token_id.where(mask.bool(), -100)
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(model)(token_id, labels=labels).loss
+    assert rows(tmp_path / "second")[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from semantic_ep.apply.checkpoint import Checkpoint
+from semantic_ep.apply.checkpoint.reader import CONFIG, read_json
 from semantic_ep.apply.checkpoint.rewrite import LAYOUT_DIRECTORY
 from semantic_ep.apply.checkpoint.writer import check_vacant, new_directory
 from semantic_ep.apply.layout import Layout
@@ -81,9 +82,9 @@ def huggingface_to_megatron(source: Path, output: Path) -> ConversionSummary:
     from transformers import AutoConfig
 
     check_vacant(output)
+    reader = _HuggingFaceReader(source)
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     arguments = to_megatron(config)
-    reader = _HuggingFaceReader(source)
     pieces, empty = _pieces(reader, arguments, CONVERSIONS[config.model_type].rules(arguments))
     recorded = {name: str(value) for name, value in arguments.items()}
     recorded["padded_vocab_size"] = str(config.vocab_size)
@@ -128,6 +129,7 @@ def megatron_to_huggingface(
             config.dtype = stored.properties.dtype
         config.architectures = [_architecture(config)]
     else:
+        read_json(like / CONFIG)
         config = AutoConfig.from_pretrained(like, local_files_only=True)
         expected = to_megatron(config)
         # Trained on other lengths, it is the same model.
