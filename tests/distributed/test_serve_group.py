@@ -26,6 +26,7 @@ from tests.distributed.test_serve_engine import (
 pytestmark = pytest.mark.distributed
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
+LONG = SamplingParams(max_tokens=24, temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def random_prompts(count, longest=40):
 def _mixed(client, prompts, want):
     # Arrivals while others run, cancelled ones between them.
     for number, prompt in enumerate(prompts):
-        client.submit(f"r{number}", prompt)
+        client.submit(f"r{number}", prompt, LONG)
         client.submit(f"c{number}", prompt, SamplingParams(max_tokens=24, ignore_eos=True))
         time.sleep(0.01)
         client.engine.cancel(f"c{number}")
@@ -116,8 +117,8 @@ def _mixed(client, prompts, want):
 
 
 def _mixed_batches(rank, ranks, directory):
-    prompts = random_prompts(10)
-    want = single_process(directory, prompts, GREEDY.max_tokens) if rank == 0 else None
+    prompts = random_prompts(10, longest=20)
+    want = single_process(directory, prompts, LONG.max_tokens) if rank == 0 else None
     # So few tokens a step that prompts come in chunks, and so few blocks that sequences are
     # pre-empted.
     free = serving(
@@ -265,5 +266,5 @@ def test_a_killed_rank_ends_requests_with_a_clear_error(model):
 
 
 def test_a_rank_that_hangs_ends_requests_when_the_time_out_has_passed(model):
-    with pytest.raises(AssertionError, match=r"1 of 2 ranks failed\n--- rank 1: no result; killed"):
-        run_ranks(_lose_a_rank, 2, model, signal.SIGSTOP, collective_timeout=4, timeout=25)
+    with pytest.raises(AssertionError, match=r"1 of 2 ranks failed\n--- rank 1: .*no result"):
+        run_ranks(_lose_a_rank, 2, model, signal.SIGSTOP, collective_timeout=4, timeout=14)
