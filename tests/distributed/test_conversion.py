@@ -225,6 +225,23 @@ def test_a_plan_in_the_source_is_undone_on_the_way(converted, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_arguments_that_newer_releases_keep_among_the_tensors_are_read(tmp_path):
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint import DefaultSavePlanner
+
+    from semantic_ep.integrations.conversion.distributed_checkpoint import DistributedCheckpoint
+
+    common = [{"args": {"num_layers": "2"}, "iteration": 4}]
+    dcp.save(
+        {"common_state/shard_0_1": common},
+        checkpoint_id=tmp_path,
+        planner=DefaultSavePlanner(flatten_state_dict=False),
+        no_dist=True,
+    )
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    assert DistributedCheckpoint(tmp_path).arguments == {"num_layers": "2"}
+
+
 def test_what_megatron_cannot_express_is_refused_with_the_reason(tmp_path):
     from transformers import CONFIG_MAPPING
 

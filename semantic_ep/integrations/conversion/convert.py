@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 ARGUMENTS_FILE = "model.args"
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja",
                "generation_config.json")  # fmt: skip
+# Megatron-LM has other defaults than launch/finetune_megatron.py.
+_ALWAYS_NAMED = ("normalization", "norm_epsilon", "rotary_base")
 _ENDS = (
     ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
     ("decoder.final_layernorm.weight", "model.norm.weight"),
@@ -388,7 +390,7 @@ def _command_line(arguments: Arguments) -> str:
     lines = ["# The network, for launch/finetune_megatron.py; Megatron-LM's own script also needs"]
     lines.append("# --disable-bias-linear unless --add-bias-linear is below.")
     for name, value in arguments.items():
-        if name in DEFAULTS and value == DEFAULTS[name] and name not in ("norm_epsilon",):
+        if name in DEFAULTS and value == DEFAULTS[name] and name not in _ALWAYS_NAMED:
             continue
         if name == "num_query_groups" and not arguments["group_query_attention"]:
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,14 @@ def write_checkpoint(
         empty: Keys of extra states that modules ask for and that hold nothing.
         common: What goes to common.pt.
     """
-    dcp.save(
-        {},
-        storage_writer=dcp.FileSystemWriter(directory),
-        planner=_LazyPlanner(pieces, empty),
-        no_dist=True,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # On purpose.
+        dcp.save(
+            {},
+            storage_writer=dcp.FileSystemWriter(directory),
+            planner=_LazyPlanner(pieces, empty),
+            no_dist=True,
+        )
     torch.save(common, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
 
@@ -144,18 +147,37 @@ class DistributedCheckpoint:
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         try:
-            common = torch.load(self.directory / "common.pt", weights_only=True)
-            self.arguments = dict(common["args"])
+            self.arguments = dict(self._common()["args"])
         except Exception as error:
             raise CheckpointError(
                 explain(
                     "the checkpoint does not record its arguments as plain values",
-                    where=str(self.directory / "common.pt"),
+                    where=str(self.directory),
                     got=f"{type(error).__name__}: {error}",
                     allowed="args: argument names to values or strings, "
                     "as launch/finetune_megatron.py writes",
                 )
             ) from error
+
+    def _common(self) -> Any:
+        """What is no tensor: in a file of its own, or since 0.19 among the tensors."""
+        if (self.directory / "common.pt").is_file():
+            return torch.load(self.directory / "common.pt", weights_only=True)
+        keys = [k for k in self._metadata.state_dict_metadata if k.startswith("common_state/")]
+        content = _Bytes()
+        items = [
+            planning.ReadItem(
+                type=planning.LoadItemType.BYTE_IO,
+                dest_index=MetadataIndex(key),
+                dest_offsets=torch.Size((0,)),
+                storage_index=MetadataIndex(key),
+                storage_offsets=torch.Size((0,)),
+                lengths=torch.Size((0,)),
+            )
+            for key in keys
+        ]
+        self._reader.read_data(planning.LoadPlan(items), content).wait()
+        return torch.load(content.stream, weights_only=True)[0]
 
     def tensor(self, key: str) -> TensorStorageMetadata | None:
         """Shape and dtype of a global tensor; None if there is none of this name."""
@@ -175,26 +197,46 @@ class DistributedCheckpoint:
         return whole.reshape(rest)
 
 
-class _Into(planning.LoadPlanner):
+class _Planner(planning.LoadPlanner):
+    """The parts of a planner that reading without a process group does not ask for."""
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def create_local_plan(self) -> planning.LoadPlan:
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[planning.LoadPlan]) -> list[planning.LoadPlan]:
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: planning.LoadPlan) -> planning.LoadPlan:
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: planning.ReadItem, value: io.BytesIO) -> None:
+        raise NotImplementedError
+
+    def resolve_tensor(self, read_item: planning.ReadItem) -> Tensor:
+        raise NotImplementedError
+
+    def commit_tensor(self, read_item: planning.ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class _Bytes(_Planner):
+    """Reads an object."""
+
+    def __init__(self) -> None:
+        self.stream = io.BytesIO()
+
+    def load_bytes(self, read_item: planning.ReadItem, value: io.BytesIO) -> None:
+        self.stream = value
+
+
+class _Into(_Planner):
     """Reads into one tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def create_local_plan(self) -> planning.LoadPlan:
-        return planning.LoadPlan([])
-
-    def create_global_plan(self, global_plan: list[planning.LoadPlan]) -> list[planning.LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: planning.LoadPlan) -> planning.LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: planning.ReadItem, value: io.BytesIO) -> None:
-        raise AssertionError("only tensors are asked for")
 
     def resolve_tensor(self, read_item: planning.ReadItem) -> Tensor:
         part = self._tensor
@@ -203,9 +245,6 @@ class _Into(planning.LoadPlanner):
         ):
             part = part.narrow(axis, begin, length)
         return part
-
-    def commit_tensor(self, read_item: planning.ReadItem, tensor: Tensor) -> None:
-        pass
 
 
 def _iteration(directory: Path) -> Path:

@@ -291,7 +291,7 @@ def to_huggingface(recorded: Mapping[str, Any]) -> Any:
     raise CheckpointError(
         explain(
             "no Hugging Face family has this architecture",
-            where="common.pt, args",
+            where="the checkpoint's args",
             got="\n  " + "\n  ".join(reasons),
             do="Train a model of one of these families; docs/conversion.md lists their arguments",
         )

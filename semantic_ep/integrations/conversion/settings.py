@@ -87,7 +87,7 @@ def architecture(recorded: Mapping[str, Any]) -> Arguments:
         raise CheckpointError(
             explain(
                 f"the recorded arguments lack {', '.join(missing)}",
-                where="common.pt, args",
+                where="the checkpoint's args",
                 do="Convert a checkpoint that records its arguments, of a mixture of experts",
             )
         )
