@@ -36,7 +36,12 @@ pytestmark = pytest.mark.distributed
 LAYERS, EXPERTS, VOCAB = (0, 2), 8, 96
 
 
-def save_plan(path, placement):
+FINGERPRINT = ModelFingerprint(
+    architecture="qwen3_moe", layer_ids=LAYERS, num_experts=EXPERTS, top_k=2
+)
+
+
+def save_plan(path, placement, *, fingerprint=FINGERPRINT):
     """A plan of a placement, or of the rank of each expert by MoE layer."""
     if not isinstance(placement, Placement):
         ranks = np.array(placement)
@@ -49,9 +54,7 @@ def save_plan(path, placement):
             request_affinity=np.ones((VOCAB, placement.ep_size), dtype=np.float16),
         ),
         verdict={},
-        fingerprint=ModelFingerprint(
-            architecture="qwen3_moe", layer_ids=LAYERS, num_experts=EXPERTS, top_k=2
-        ),
+        fingerprint=fingerprint,
     )
     plan.save(path)
     return path
@@ -86,6 +89,13 @@ def placed_engine(plan, stage=0, output=None, section=None, **changes):
     return start(tiny_model(), config)
 
 
+# Adam hides gradients of a wrong scale, and blows up the rounding of those near zero.
+PLAIN_DESCENT = {
+    "optimizer": {"type": "SGD", "params": {"lr": 0.3}},
+    "zero_allow_untested_optimizer": True,
+}
+
+
 def train(engine, data):
     """Loss of each step, mean over all ranks."""
     losses = []
@@ -106,9 +116,9 @@ def data_of(rank, steps):
     return [five[step % 5] for step in range(steps)]
 
 
-def _train_under(rank, ranks, plans, stage):
+def _train_under(rank, ranks, plans, stage, changes):
     """Losses of 50 steps under each plan."""
-    return [train(placed_engine(plan, stage), data_of(rank, 50)) for plan in plans]
+    return [train(placed_engine(plan, stage, **changes), data_of(rank, 50)) for plan in plans]
 
 
 def assert_same_losses(alone, *others):
@@ -120,11 +130,13 @@ def assert_same_losses(alone, *others):
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_any_placement_has_the_losses_of_a_model_that_is_not_spread_over_50_steps(plan, stage):
     plans = [None, *map(plan, (CONTIGUOUS, MIXED, UNEVEN))]
-    assert_same_losses(*run_ranks(_train_under, 2, plans, stage)[0])
+    assert_same_losses(*run_ranks(_train_under, 2, plans, stage, {})[0])
 
 
-def test_two_groups_of_two_ranks_have_the_losses_of_a_model_that_is_not_spread(plan):
-    assert_same_losses(*run_ranks(_train_under, 4, [None, plan(MIXED)], 2)[0])
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_groups_of_two_ranks_have_the_losses_of_a_model_that_is_not_spread(plan, stage):
+    plans = [None, plan(MIXED)]
+    assert_same_losses(*run_ranks(_train_under, 4, plans, stage, PLAIN_DESCENT)[0])
 
 
 def _train_save_go_on(rank, ranks, plan, stage, output):

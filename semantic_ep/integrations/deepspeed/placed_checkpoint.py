@@ -116,7 +116,7 @@ def write_placed(engine: Any, checkpoint: Path) -> None:
     checkpoint.mkdir(parents=True, exist_ok=True)
     if dist.get_rank() == 0:
         Descriptor.of(engine).write(checkpoint)
-    if placed.process_groups.expert_data_parallel.rank() != 0:
+    if placed.process_groups.expert_data_parallel.rank() != 0 or not placed.experts:
         return
     tensors = {}
     for name, layer, parameter in placed.parameters(engine.module):
@@ -159,6 +159,14 @@ def load_placed(
     checkpoint = Path(load_dir, str(tag))
     old, new = Descriptor.read(checkpoint), Descriptor.of(engine)
     moved = not old.layout.equals(new.layout)
+    if moved and not engine.placed_experts.experts:
+        raise CheckpointError(
+            explain(
+                "deepspeed.moe layers are stored by slot, and resume under their own plan only",
+                where=str(checkpoint / DESCRIPTOR),
+                do="Resume with the plan and the ranks of the run that wrote it",
+            )
+        )
     move_state = moved and load_optimizer_states and not load_module_only
     if move_state:
         check_can_move(engine, old.zero_stage)

@@ -44,7 +44,8 @@ class PlacedExperts:
         groups: Ranks of every expert-parallel group of the job.
         ep_rank: Of this rank in its group.
         process_groups: This rank's groups.
-        experts: By layer; parameters hold the S slots of this rank.
+        experts: By layer, of a Hugging Face model; parameters hold the S slots of this rank. None
+            of a model with native layers, which have a module for each slot.
         context: What the layers share.
         dispatcher: Of the EP group, with its counters.
     """
@@ -91,13 +92,7 @@ def place_experts(
         ConfigError: No groups of this size can be formed.
     """
     _check(model, placement)
-    groups = GroupPlan.build(
-        dist.get_world_size(),
-        placement.ep_size,
-        topology=_topology_of_job(),
-        scope=settings.groups.scope,
-    )
-    process_groups = _register(groups)
+    groups, process_groups = create_groups(placement, settings)
     ep_rank = process_groups.expert_parallel.rank()
     name = _group_name(groups)
     for layer, site in enumerate(find_moe_layers(model)):
@@ -134,6 +129,32 @@ def place_experts(
     )
 
 
+def create_groups(
+    placement: Placement, settings: SemanticEPConfig
+) -> tuple[GroupPlan, ProcessGroups]:
+    """Form the groups of the job, by nodes, and make them known to DeepSpeed; collective."""
+    groups = GroupPlan.build(
+        dist.get_world_size(),
+        placement.ep_size,
+        topology=_topology_of_job(),
+        scope=settings.groups.scope,
+    )
+    return groups, _register(groups)
+
+
+def refuse_copies(placement: Placement) -> None:
+    """Raise `PlacementError` if an expert has several copies."""
+    if placement.has_replicas:
+        raise PlacementError(
+            explain(
+                "copies of one expert would be trained apart: DeepSpeed does not sum their "
+                "gradients",
+                where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
+                do="Make a plan for training without --redundant-slots",
+            )
+        )
+
+
 def rows_of_slots(whole: Tensor, held_S: np.ndarray) -> Tensor:
     """[S, ...] rows of a tensor [E, ...] for the experts in slots; zeros for empty ones."""
     held = torch.tensor(held_S, dtype=torch.long, device=whole.device)
@@ -155,15 +176,7 @@ def _check(model: nn.Module, placement: Placement) -> None:
                 allowed=f"{wanted[0]} MoE layers of {wanted[1]} experts",
             )
         )
-    if placement.has_replicas:
-        raise PlacementError(
-            explain(
-                "copies of one expert would be trained apart: DeepSpeed does not sum their "
-                "gradients",
-                where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
-                do="Make a plan for training without --redundant-slots",
-            )
-        )
+    refuse_copies(placement)
 
 
 def _expert_group(placement: Placement, name: str) -> nn.Module:

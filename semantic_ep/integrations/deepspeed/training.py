@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import SECTION, SemanticEPConfig, section_of
 from semantic_ep.errors import CheckpointError, ConfigError, PeerFailureError, explain
+from semantic_ep.integrations.deepspeed.native import native_layers, place_native_experts
 from semantic_ep.integrations.deepspeed.observation import EngineObservation, find_routers
 from semantic_ep.integrations.deepspeed.placed_checkpoint import (
     load_placed,
@@ -58,6 +59,7 @@ def initialize(
 
     With `enabled` and `plan.artifact` set, the experts of a Hugging Face model are spread over the
     ranks by the plan, and checkpoints can be resumed under any other plan or number of ranks.
+    Native `deepspeed.moe` layers follow a plan too, and resume under the same one only.
     `engine.placed_experts` is the `PlacedExperts`, or None.
 
     Args:
@@ -173,7 +175,7 @@ class _SemanticEngine:
         state = super()._get_non_moe_state_dict(full_state_dict)
         if self.placed_experts is not None:
             for name, _, _ in self.placed_experts.parameters(self.module):
-                del state[name]
+                state.pop(name, None)
         return state
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -268,6 +270,14 @@ def _check_placed(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any
                 "contiguous placement",
             )
         )
+    if deepspeed_config.get("checkpoint", {}).get("load_universal"):
+        raise ConfigError(
+            explain(
+                "universal checkpoints do not know placed experts",
+                where="checkpoint.load_universal",
+                do="Remove it: checkpoints of a placed run load under any plan as they are",
+            )
+        )
     stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise ConfigError(
@@ -292,10 +302,13 @@ def _place(
 
     plan = Plan.read(settings.plan.artifact)
     where = "semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size"
+    native = model is not None and bool(native_layers(model))
+    if identity is None and native:
+        identity = _identity_of_layers(model)
     if identity is None:
         raise ConfigError(
             explain(
-                "a plan places the experts of Hugging Face models",
+                "a plan places the experts of Hugging Face models and of deepspeed.moe layers",
                 where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
                 got=type(model).__name__,
                 do="Pass the PreTrainedModel itself; the log says why it was not recognised",
@@ -314,7 +327,8 @@ def _place(
             )
         )
     deepspeed.init_distributed(verbose=False)
-    return place_experts(
+    place = place_native_experts if native else place_experts
+    return place(
         model,
         plan.placement,
         settings,
