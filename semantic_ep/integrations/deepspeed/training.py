@@ -14,13 +14,9 @@ from typing import TYPE_CHECKING, Any
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import SECTION, SemanticEPConfig, section_of
 from semantic_ep.errors import CheckpointError, ConfigError, PeerFailureError, explain
+from semantic_ep.integrations.deepspeed.engine import SemanticEngine
 from semantic_ep.integrations.deepspeed.native import native_layers, place_native_experts
 from semantic_ep.integrations.deepspeed.observation import EngineObservation, find_routers
-from semantic_ep.integrations.deepspeed.placed_checkpoint import (
-    load_placed,
-    write_latest,
-    write_placed,
-)
 from semantic_ep.integrations.deepspeed.placing import PlacedExperts, place_experts
 from semantic_ep.plan.plan import Plan
 
@@ -113,81 +109,8 @@ def initialize(
         )
     if observe or placed:
         # DeepSpeed has no callback for these events, and chooses the class of its engine itself.
-        engine.__class__ = type(type(engine).__name__, (_SemanticEngine, type(engine)), {})
+        engine.__class__ = type(type(engine).__name__, (SemanticEngine, type(engine)), {})
     return (engine, *others)
-
-
-class _SemanticEngine:
-    """Tells observation and placed experts what happens to an engine."""
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.global_steps
-        result = super().step(*args, **kwargs)
-        if self.global_steps != before:
-            if self.semantic_ep is not None:
-                self.semantic_ep.step()
-            if self.placed_experts is not None:
-                self.placed_experts.context.timer.reset()
-        return result
-
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """As DeepSpeed's; `latest` names the checkpoint only when all ranks have written theirs."""
-        import torch.distributed as dist
-
-        tag = str(tag or f"global_step{self.global_steps}")
-        if self.placed_experts is not None:
-            write_placed(self, Path(save_dir, tag))
-        result = super().save_checkpoint(
-            save_dir, tag, client_state=dict(client_state or {}), save_latest=False, **kwargs
-        )
-        if self.semantic_ep is not None:
-            self.semantic_ep.save(Path(save_dir, tag))
-        dist.barrier()
-        if save_latest and dist.get_rank() == 0:
-            write_latest(Path(save_dir), tag)
-        return result
-
-    def load_checkpoint(
-        self, load_dir: str, tag: str | None = None, **kwargs: Any
-    ) -> tuple[str | None, Any]:
-        if self.placed_experts is None:
-            path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
-        else:
-            path, client_state = load_placed(self, super().load_checkpoint, load_dir, tag, **kwargs)
-        if path is not None and self.semantic_ep is not None:
-            self.semantic_ep.restore(path if Path(path).is_dir() else Path(path).parent)
-        return path, client_state
-
-    def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        # Here DeepSpeed adds the files of its own experts; ours lie elsewhere.
-        if self.placed_experts is not None:
-            checkpoint["module"] |= self.placed_experts_to_load
-        super().load_module_state_dict(checkpoint, *args, **kwargs)
-
-    def _get_non_moe_state_dict(self, full_state_dict: dict[str, Any]) -> dict[str, Any]:
-        state = super()._get_non_moe_state_dict(full_state_dict)
-        if self.placed_experts is not None:
-            for name, _, _ in self.placed_experts.parameters(self.module):
-                state.pop(name, None)
-        return state
-
-    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
-        if self.placed_experts is not None:
-            raise CheckpointError(
-                explain(
-                    "this would write the experts of rank 0 only",
-                    where="save_16bit_model",
-                    do="Call semantic_ep.integrations.deepspeed.save_huggingface_checkpoint",
-                )
-            )
-        return super().save_16bit_model(*args, **kwargs)
 
 
 def read_config(

@@ -1,0 +1,91 @@
+"""What a DeepSpeed engine does besides when it observes routing or has placed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from semantic_ep.errors import CheckpointError, explain
+from semantic_ep.integrations.deepspeed.placed_checkpoint import (
+    load_placed,
+    write_latest,
+    write_placed,
+)
+
+
+class SemanticEngine:
+    """Goes before the class of an engine, which has `semantic_ep` and `placed_experts`, or None."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; counts decay and timers start anew with each optimizer step."""
+        before = self.global_steps
+        result = super().step(*args, **kwargs)
+        if self.global_steps != before:
+            if self.semantic_ep is not None:
+                self.semantic_ep.step()
+            if self.placed_experts is not None:
+                self.placed_experts.context.timer.reset()
+        return result
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As DeepSpeed's; `latest` names the checkpoint only when all ranks have written theirs."""
+        import torch.distributed as dist
+
+        tag = str(tag or f"global_step{self.global_steps}")
+        if self.placed_experts is not None:
+            write_placed(self, Path(save_dir, tag))
+        result = super().save_checkpoint(
+            save_dir, tag, client_state=dict(client_state or {}), save_latest=False, **kwargs
+        )
+        if self.semantic_ep is not None:
+            self.semantic_ep.save(Path(save_dir, tag))
+        dist.barrier()
+        if save_latest and dist.get_rank() == 0:
+            write_latest(Path(save_dir), tag)
+        return result
+
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, **kwargs: Any
+    ) -> tuple[str | None, Any]:
+        """As DeepSpeed's; placed experts and their optimizer state go to where they are now."""
+        if self.placed_experts is None:
+            path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
+        else:
+            path, client_state = load_placed(self, super().load_checkpoint, load_dir, tag, **kwargs)
+        if path is not None and self.semantic_ep is not None:
+            self.semantic_ep.restore(path if Path(path).is_dir() else Path(path).parent)
+        return path, client_state
+
+    def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As DeepSpeed's, with the experts of this rank."""
+        # Here DeepSpeed adds the files of its own experts; ours lie elsewhere.
+        if self.placed_experts is not None:
+            checkpoint["module"] |= self.placed_experts_to_load
+        super().load_module_state_dict(checkpoint, *args, **kwargs)
+
+    def _get_non_moe_state_dict(self, full_state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = super()._get_non_moe_state_dict(full_state_dict)
+        if self.placed_experts is not None:
+            for name, _, _ in self.placed_experts.parameters(self.module):
+                state.pop(name, None)
+        return state
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; refused where it would write a part of the experts."""
+        if self.placed_experts is not None:
+            raise CheckpointError(
+                explain(
+                    "this would write the experts of rank 0 only",
+                    where="save_16bit_model",
+                    do="Call semantic_ep.integrations.deepspeed.save_huggingface_checkpoint",
+                )
+            )
+        return super().save_16bit_model(*args, **kwargs)
