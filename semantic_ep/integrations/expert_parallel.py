@@ -84,6 +84,8 @@ class SemanticExperts(nn.Module):
         Raises:
             PeerFailureError: Another rank died or did not answer in time.
         """
+        if self.dispatcher.group.size() == 1 and self.context.mask_T is None:
+            return self._forward_alone(hidden_states, top_k_index, top_k_weights)
         slot_TK = remap(self.slot_table_E, top_k_index, self.context.mask_T)
         # Equal on all ranks, also on those that have no token to learn it from.
         exact = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
@@ -96,6 +98,26 @@ class SemanticExperts(nn.Module):
             y_RD = self._compute(dispatched)
         with timer.phase("combine"):
             return self.dispatcher.combine(y_RD, dispatched)
+
+    def _forward_alone(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """One rank has nobody to exchange with: the family's own forward, and the counters."""
+        slot_TK = self.slot_table_E[index_TK]
+        with self.context.timer.phase("experts"):
+            out_TD = self.local(hidden_TD, slot_TK, weights_TK)
+        tokens, row_bytes = len(hidden_TD), hidden_TD.shape[1] * hidden_TD.element_size()
+        self.dispatcher.stats.record_dispatch(
+            self.layer,
+            tokens=tokens,
+            activations=[slot_TK.numel()],
+            rows=[tokens],
+            row_bytes=row_bytes,
+            metadata_bytes=[0],
+            tokens_per_slot=torch.bincount(
+                slot_TK.flatten(), minlength=self.dispatcher.slots_per_rank
+            ),
+        )
+        self.dispatcher.stats.record_combine(self.layer, rows=[tokens], row_bytes=row_bytes)
+        return out_TD
 
     def run_idle(self) -> None:
         """Take part in the exchange of this layer without a token, for the other ranks."""
