@@ -14,7 +14,6 @@ from semantic_ep.plan.schedule import Schedule
 from semantic_ep.serve.protocol import EngineRequest, SamplingParams
 from tests.distributed.launcher import run_ranks
 from tests.distributed.test_serve_engine import (
-    EXPERTS,
     LAYERS,
     VOCAB,
     load,
@@ -109,11 +108,14 @@ def _mixed(client, prompts, want):
     client.engine.drain().result(60)
     time.sleep(1.2)  # Counters of other ranks come every half second.
     stats = client.engine.stats()
-    assert stats.running == stats.waiting == 0 and stats.kv_usage == 0
+    assert stats.running == stats.waiting == 0
+    assert stats.kv_usage == 0
     assert sum(rank.preemptions for rank in stats.ranks) > 0
     assert all(rank.new_tokens > 0 and rank.routed_tokens > 0 for rank in stats.ranks)
-    assert 0 < stats.local_activation_rate < 1 and 0 < stats.remote_copies <= 1
-    assert stats.bytes_by_tier()["node"] > 0 and stats.bytes_by_tier()["network"] == 0
+    assert 0 < stats.local_activation_rate < 1
+    assert 0 < stats.remote_copies <= 1
+    assert stats.bytes_by_tier()["node"] > 0
+    assert stats.bytes_by_tier()["network"] == 0
 
 
 def _mixed_batches(rank, ranks, directory):
@@ -156,7 +158,8 @@ def _reload(client, plans, prompts, want):
         client.submit(f"r{number}", prompt, on_event=at_the_third_token if not number else None)
     assert [client.tokens(f"r{n}") for n in range(len(prompts))] == want
     first = done[0].result(60)
-    assert first["experts_moved"] > 0 and first["bytes_moved"] > 0
+    assert first["experts_moved"] > 0
+    assert first["bytes_moved"] > 0
     again = client.engine.reload_plan(plans["contiguous"]).result(60)
     assert again["experts_moved"] == again["bytes_moved"] == 0
     assert again["sha256"] == first["sha256"]
@@ -202,7 +205,8 @@ def _sampling(client):
     assert client.last("stop").finish_reason == "stop"
     assert client.last("stop").stop_reason == greedy[2]
     (told,) = client.last("stop").logprobs
-    assert told.top[0] == (told.token_id, told.logprob) and len(told.top) == 2
+    assert told.top[0] == (told.token_id, told.logprob)
+    assert len(told.top) == 2
     for wrong, message in (
         (SamplingParams(temperature=-1), "temperature"),
         (SamplingParams(top_p=0), "top_p"),
@@ -253,7 +257,8 @@ def _lose_a_rank(rank, ranks, directory, how):
     for name in ("a", "b"):
         assert client.last(name).finish_reason == "error"
         assert "died or stopped answering" in client.last(name).error
-    assert failed.wait(5) and not front.healthy
+    assert failed.wait(5)
+    assert not front.healthy
     assert PeerFailureError.__name__ in front.failure
     with pytest.raises(UnavailableError, match="stopped answering"):
         client.submit("c", [5])

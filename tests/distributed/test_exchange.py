@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semantic_ep.errors import PlacementError
+from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime.exchange import exchange_experts, expert_moves
+from tests.distributed.launcher import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+LAYERS, EXPERTS = 2, 8
+
+
+def drawn(seed, ep_size, slots, empty=False):
+    """A placement with replicas in the slots that are left, or with empty slots."""
+    draw = np.random.default_rng(seed)
+    table = np.full((LAYERS, ep_size, slots), -1, dtype=np.int32)
+    for layer in range(LAYERS):
+        even = draw.permutation(EXPERTS).reshape(ep_size, -1)
+        for rank in range(ep_size):
+            spare = np.setdiff1d(np.arange(EXPERTS), even[rank])
+            more = draw.choice(spare, slots - len(even[rank]), replace=False)
+            held = [*even[rank], *(np.full_like(more, -1) if empty else more)]
+            table[layer, rank] = draw.permutation(held)
+    return Placement(
+        physical_to_logical_map=table.reshape(LAYERS, -1), num_experts=EXPERTS, ep_size=ep_size
+    )
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 4]), st.booleans())
+def test_moves_carried_out_one_by_one_make_the_new_placement(seed, ranks, empty):
+    slots = EXPERTS // ranks + (ranks > 1)
+    old, new = drawn(seed, ranks, slots, empty), drawn(seed + 1, ranks, slots)
+    table = old.physical_to_logical_map.copy()
+    for move in expert_moves(old, new):
+        source = move.source_rank * slots + move.source_slot
+        assert old.physical_to_logical_map[move.layer, source] == move.expert
+        table[move.layer, move.target_rank * slots + move.target_slot] = move.expert
+    assert np.array_equal(table, new.physical_to_logical_map)
+    assert expert_moves(new, new) == []
+
+
+def test_placements_of_different_shape_are_refused():
+    with pytest.raises(
+        PlacementError, match=r"slots a rank\) \(2, 8, 2, 5\).*Allowed: \(2, 8, 2, 4\)"
+    ):
+        expert_moves(drawn(0, 2, 4), drawn(0, 2, 5))
+
+
+def contents(placement, rank):
+    """Tensors of several dtypes whose rows say which expert they are."""
+    layers = []
+    for layer in range(LAYERS):
+        held = torch.from_numpy(placement.experts_of_rank(layer, rank).astype(np.int64))
+        key = (held + 10 * layer).double()
+        weight = torch.sin(key[:, None, None] * torch.arange(1, 13).view(3, 4))
+        layers.append(
+            {
+                "weight": weight.bfloat16(),
+                "exp_avg": weight.float().square(),
+                "bias": torch.arange(3, dtype=torch.uint8) + held[:, None].to(torch.uint8),
+            }
+        )
+    return layers
+
+
+def _exchange(rank, ranks):
+    slots = EXPERTS // ranks + 1
+    for seed in range(4):
+        old, new = drawn(seed, ranks, slots, empty=seed == 0), drawn(seed + 50, ranks, slots)
+        tensors, expected = contents(old, rank), contents(new, rank)
+        done = exchange_experts(tensors, old=old, new=new, group=dist.group.WORLD)
+        for mine, want in zip(tensors, expected, strict=True):
+            assert all(torch.equal(mine[name], want[name]) for name in want)
+        moves = expert_moves(old, new)
+        away = sum(move.source_rank != move.target_rank for move in moves)
+        assert done.experts_moved == len(moves)
+        assert done.bytes_moved == away * (12 * 2 + 12 * 4 + 3)
+        back = exchange_experts(tensors, old=new, new=new, group=dist.group.WORLD)
+        assert back.bytes_moved == 0
+        assert back.sha256 == done.sha256
+
+
+def test_every_tensor_of_an_expert_arrives_unchanged():
+    run_ranks(_exchange, 4)
+
+
+def _damaged(rank, ranks):
+    slots = EXPERTS // ranks + 1
+    old, new = drawn(1, ranks, slots), drawn(2, ranks, slots)
+    tensors = contents(old, rank)
+    copies = old.logical_count[1]
+    slot = old.experts_of_rank(1, rank).tolist().index(int(np.argmax(copies)))
+    if rank == int(old.logical_to_physical_map[1, np.argmax(copies), 0]) // slots:
+        tensors[1]["weight"][slot, 0, 0] += 1
+    before = [{name: tensor.clone() for name, tensor in layer.items()} for layer in tensors]
+    with pytest.raises(PlacementError, match="differ before the exchange"):
+        exchange_experts(tensors, old=old, new=new, group=dist.group.WORLD)
+    for mine, was in zip(tensors, before, strict=True):
+        assert all(torch.equal(mine[name], was[name]) for name in was)
+
+
+def test_copies_that_differ_are_found_and_nothing_changes_on_any_rank():
+    run_ranks(_damaged, 2)
