@@ -20,6 +20,7 @@ from semantic_ep.runtime.stats import PhaseTimer
 if TYPE_CHECKING:
     import numpy as np
 
+    from semantic_ep.observe.recorder import RoutingSink
     from semantic_ep.plan.placement import Placement
     from semantic_ep.runtime.backends import VerifiedDispatcher
     from semantic_ep.runtime.dispatch import Dispatched
@@ -31,11 +32,13 @@ class StepContext:
     Attributes:
         mask_T: bool, which tokens of the flattened batch are real; None means all.
         timer: Seconds in dispatch, experts and combine, over all layers.
+        recorder: Told of the router's choices, if there is one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.mask_T: Tensor | None = None
         self.timer = PhaseTimer(device)
+        self.recorder: RoutingSink | None = None
 
 
 class SemanticExperts(nn.Module):
@@ -84,6 +87,8 @@ class SemanticExperts(nn.Module):
         Raises:
             PeerFailureError: Another rank died or did not answer in time.
         """
+        if self.context.recorder is not None:
+            self.context.recorder.record(self.layer, top_k_index)
         if self.dispatcher.group.size() == 1 and self.context.mask_T is None:
             return self._forward_alone(hidden_states, top_k_index, top_k_weights)
         slot_TK = remap(self.slot_table_E, top_k_index, self.context.mask_T)
@@ -131,6 +136,10 @@ class SemanticExperts(nn.Module):
     def _compute(self, dispatched: Dispatched) -> Tensor:
         rows_RD = dispatched.rows_RD
         if len(rows_RD) == 0:
+            if torch.is_grad_enabled():
+                # A gradient of zero and not none: replicas of these experts on other ranks wait
+                # for this rank to reduce theirs.
+                rows_RD = rows_RD + 0 * sum(p.flatten()[0] for p in self.local.parameters())
             return rows_RD
         # The family's own forward, with one expert a row; combine applies the weights.
         return self.local(rows_RD, dispatched.slot_R[:, None], rows_RD.new_ones(len(rows_RD), 1))
