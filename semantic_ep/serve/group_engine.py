@@ -15,15 +15,17 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from semantic_ep.errors import SemanticEPError, UnavailableError, explain
-from semantic_ep.serve.lockstep import Control, Report, run_lockstep
+from semantic_ep.serve.lockstep import Action, Control, Report, run_lockstep
 from semantic_ep.serve.protocol import (
     EngineRequest,
     EngineStats,
     RankLoad,
     RankStats,
+    RecordAction,
     RequestScheduler,
     TokenEvent,
 )
+from semantic_ep.serve.recording import record
 from semantic_ep.serve.reload import read_placement, take_over
 from semantic_ep.serve.requests import check_request
 from semantic_ep.serve.worker import RankWorker
@@ -74,7 +76,7 @@ class GroupEngine:
         self._tickets: dict[str, _Ticket] = {}
         self._submitted: list[str] = []
         self._cancelled: list[str] = []
-        self._actions: list[tuple[Callable[[RankWorker], Any], Future[Any]]] = []
+        self._actions: list[tuple[Action, Future[Any]]] = []
         self._drained: list[Future[None]] = []
         self._draining = self._closing = self._ended = False
         self._failure: str | None = None
@@ -137,13 +139,12 @@ class GroupEngine:
         except SemanticEPError as error:
             future.set_exception(error)
             return future
-        with self._changed:
-            if self._ended:
-                future.set_exception(UnavailableError(explain("the engine has ended")))
-            else:
-                self._actions.append((functools.partial(take_over, placement=placement), future))
-                self._changed.notify()
-        return future
+        future.add_done_callback(self._count_reload)
+        return self._enqueue(functools.partial(take_over, placement=placement), future)
+
+    def record(self, action: RecordAction, output: Path | None = None) -> Future[Mapping[str, Any]]:
+        """See `Engine`."""
+        return self._enqueue(functools.partial(record, action=action, output=output), Future())
 
     def drain(self) -> Future[None]:
         """See `Engine`."""
@@ -210,8 +211,6 @@ class GroupEngine:
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:
-            reloads = self._stats.plan_reloads + 1
-            self._stats = dataclasses.replace(self._stats, plan_reloads=reloads)
             future.set_result(outcome)
 
     def stepped(self, seconds: float) -> None:
@@ -251,6 +250,20 @@ class GroupEngine:
             )
         for future in futures:
             future.set_exception(error or UnavailableError(explain("the engine was closed")))
+
+    def _enqueue(self, action: Action, future: Future[Any]) -> Future[Any]:
+        with self._changed:
+            if not self._ended:
+                self._actions.append((action, future))
+                self._changed.notify()
+                return future
+        future.set_exception(UnavailableError(explain("the engine has ended")))
+        return future
+
+    def _count_reload(self, future: Future[Any]) -> None:
+        if future.exception() is None:
+            reloads = self._stats.plan_reloads + 1
+            self._stats = dataclasses.replace(self._stats, plan_reloads=reloads)
 
     def _pending(self) -> bool:
         return bool(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from semantic_ep.errors import PlacementError
+from semantic_ep.errors import PeerFailureError, SemanticEPError
 from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.serve.protocol import EngineRequest, RankLoad, RankStats, TokenEvent
 from semantic_ep.serve.rank_stats import rank_stats
@@ -29,6 +29,8 @@ from semantic_ep.serve.worker import RankWorker
 _FRAME = 4096
 _STATS_EVERY_SECONDS = 0.5
 
+Action = Callable[[RankWorker, ProcessGroup], Any]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Control:
@@ -37,14 +39,14 @@ class Control:
     Attributes:
         assigned: (rank, request).
         cancelled: Request ids.
-        action: Run on every rank between two steps, with the rank's worker; it pickles. All ranks
-            return, or raise PlacementError, alike.
+        action: Run on every rank between two steps, with the rank's worker and the group; it
+            pickles. While ranks still communicate in it, all raise alike or none.
         close: Whether to end the loop.
     """
 
     assigned: tuple[tuple[int, EngineRequest], ...] = ()
     cancelled: tuple[str, ...] = ()
-    action: Callable[[RankWorker], Any] | None = None
+    action: Action | None = None
     close: bool = False
 
 
@@ -117,7 +119,7 @@ def run_lockstep(worker: RankWorker, group: ProcessGroup, front: Front | None = 
             return
         events = _apply(control, worker, group.rank())
         if control.action is not None:
-            outcome = _act(control.action, worker)
+            outcome = _act(control.action, worker, group)
             if front is not None:
                 front.acted(outcome)
         working = bool(control.assigned) or any(report.busy for _, report in messages)
@@ -136,10 +138,12 @@ def _apply(control: Control, worker: RankWorker, rank: int) -> list[TokenEvent]:
     return [event for event in ended if event is not None]
 
 
-def _act(action: Callable[[RankWorker], Any], worker: RankWorker) -> Any:
+def _act(action: Action, worker: RankWorker, group: ProcessGroup) -> Any:
     try:
-        return action(worker)
-    except PlacementError as error:
+        return action(worker, group)
+    except PeerFailureError:
+        raise
+    except (SemanticEPError, OSError) as error:
         return error
 
 

@@ -89,7 +89,6 @@ class TokenEvent:
         error: What went wrong, with finish_reason "error".
         logprobs: One for each of `token_ids` if asked for.
         rank: EP rank that serves the request; -1 if it never reached one.
-        cached_tokens: Prompt tokens found in the prefix cache.
     """
 
     request_id: str
@@ -100,7 +99,6 @@ class TokenEvent:
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     rank: int = -1
-    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +166,6 @@ class RankStats:
     Attributes:
         load: See there.
         prompt_tokens: Prompt tokens of requests that were started.
-        cached_tokens: Of these, found in the prefix cache.
         new_tokens: Tokens generated.
         preemptions: Times a sequence lost its KV blocks to an older one.
         routed_tokens: Tokens dispatched, summed over layers.
@@ -183,7 +180,6 @@ class RankStats:
 
     load: RankLoad
     prompt_tokens: int = 0
-    cached_tokens: int = 0
     new_tokens: int = 0
     preemptions: int = 0
     routed_tokens: int = 0
@@ -312,11 +308,16 @@ class Engine(Protocol):
         """Start or stop counting routing on all ranks, or write it as a profile.
 
         Args:
-            action: "dump" writes what was counted since "start" and counts on from zero.
+            action: "start" counts from zero; "dump" writes what was counted so far, before or
+                after "stop".
             output: Directory of the profile artefact, for "dump".
+
+        Returns:
+            From "dump", "tokens" counted and "output"; else nothing.
 
         Raises (from the future):
             RequestError: Nothing is being recorded, or something already is.
+            ArtifactError, OSError: The profile cannot be written.
         """
         ...
 

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import ProcessGroup
+
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.integrations.deepspeed.inference import move_experts
 from semantic_ep.plan.placement import Placement
@@ -25,10 +27,15 @@ def read_placement(plan: Path, fingerprint: ModelFingerprint) -> Placement:
     return loaded.placement
 
 
-def take_over(worker: RankWorker, *, placement: Placement) -> dict[str, Any]:
+def take_over(worker: RankWorker, group: ProcessGroup, *, placement: Placement) -> dict[str, Any]:
     """Exchange experts so that they lie as a placement says; every rank calls this together.
 
     Outputs do not change: the same experts compute the same tokens elsewhere.
+
+    Args:
+        worker: Of this rank.
+        group: Its ranks; weights travel over the group of the model's dispatcher.
+        placement: The new one.
 
     Returns:
         "experts_moved", "bytes_moved" and "sha256" (see `Exchanged`), and "seconds".

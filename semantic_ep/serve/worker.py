@@ -8,6 +8,7 @@ import torch
 
 from semantic_ep.integrations.deepspeed.inference import ExpertParallelModel
 from semantic_ep.integrations.paged_attention import Chunk, PackedBatch, PagedKVCache
+from semantic_ep.observe.recorder import RoutingRecorder
 from semantic_ep.serve.batcher import Batcher
 from semantic_ep.serve.blocks import BlockPool
 from semantic_ep.serve.protocol import EngineRequest, TokenEvent
@@ -29,6 +30,7 @@ class RankWorker:
 
     Attributes:
         prompt_tokens, new_tokens: Counted since the start.
+        recorder: Has what was last recorded, or is being (see `semantic_ep.serve.recording`).
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class RankWorker:
     ) -> None:
         self.model = model
         self.prompt_tokens = self.new_tokens = 0
+        self.recorder: RoutingRecorder | None = None
         self._rank = rank
         self._tokenizer = tokenizer
         pool = BlockPool(num_blocks=kv_cache_tokens // block_size, block_size=block_size)
@@ -89,14 +92,21 @@ class RankWorker:
             for token in sequence.tokens[sequence.computed : sequence.computed + count]
         ]
         ready = [row for row, (sequence, count) in enumerate(work) if count == sequence.pending]
+        id_T = torch.tensor(ids, device=device)
+        recording = self.model.context.recorder is not None
+        if recording:
+            sequence_T = [c for c in batch.order for _ in range(work[c][1])]
+            self.recorder.start_micro_batch(id_T, sequence_T=torch.tensor(sequence_T))
         logits_BV = self.model.engine(
-            input_ids=torch.tensor([ids], device=device),
+            input_ids=id_T[None],
             position_ids=batch.position_T[None],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=batch.last_C[ready],
             packed_batch=batch,
         ).logits[0]
+        if recording:
+            self.recorder.step()
         for sequence, count in work:
             sequence.computed += count
         return self._append(logits_BV, [work[row][0] for row in ready])

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from semantic_ep.apply.checkpoint import checkpoint_fingerprint
 from semantic_ep.errors import PeerFailureError, PlacementError, RequestError, UnavailableError
+from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
 from semantic_ep.serve.protocol import EngineRequest, SamplingParams
@@ -182,6 +183,35 @@ def test_a_plan_is_taken_over_between_two_steps_of_the_same_requests(model, tmp_
         for name, placement in placements(2).items()
     }
     run_ranks(_reload_while_serving, 2, model, plans)
+
+
+def _record(client, output):
+    for action, message in (("stop", "not being recorded"), ("dump", "no routing has been")):
+        with pytest.raises(RequestError, match=message):
+            client.engine.record(action, output).result(60)
+    prompts = random_prompts(4)
+    client.engine.record("start").result(60)
+    with pytest.raises(RequestError, match="already"):
+        client.engine.record("start").result(60)
+    for number, prompt in enumerate(prompts):
+        client.submit(f"r{number}", prompt)
+    new = [client.tokens(f"r{number}") for number in range(len(prompts))]
+    client.engine.record("stop").result(60)
+    client.submit("unseen", prompts[0])
+    client.tokens("unseen")
+    run = [token for prompt, more in zip(prompts, new) for token in [*prompt, *more[:-1]]]
+    assert client.engine.record("dump", output).result(60)["tokens"] == len(run)
+    profile = RoutingProfile.read(output)
+    assert profile.token_count.tolist() == np.bincount(run, minlength=VOCAB).tolist()
+    assert profile.load.sum(axis=1).tolist() == [2 * len(run)] * LAYERS
+
+
+def _record_while_serving(rank, ranks, directory, output):
+    serving(directory, _record, output)
+
+
+def test_served_traffic_is_recorded_as_a_profile_of_all_ranks(model, tmp_path):
+    run_ranks(_record_while_serving, 2, model, tmp_path / "profile")
 
 
 def _sampling(client):
