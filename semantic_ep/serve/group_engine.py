@@ -79,7 +79,7 @@ class GroupEngine:
         self._actions: list[tuple[Action, Future[Any]]] = []
         self._drained: list[Future[None]] = []
         self._draining = self._closing = self._ended = False
-        self._failure: str | None = None
+        self._error: BaseException | None = None
         # The loop's own:
         self._handed_over: tuple[tuple[int, EngineRequest], ...] = ()
         self._acting: Future[Any] | None = None
@@ -103,14 +103,19 @@ class GroupEngine:
     @property
     def failure(self) -> str | None:
         """See `Engine`."""
-        return self._failure
+        return None if self._error is None else f"{type(self._error).__name__}: {self._error}"
+
+    def raise_failure(self) -> None:
+        """Raise what the loop failed with, if it did."""
+        if self._error is not None:
+            raise self._error
 
     def submit(self, request: EngineRequest, on_event: OnEvent) -> None:
         """See `Engine`."""
         check_request(request, max_sequence_tokens=self._max_sequence_tokens)
         with self._changed:
             if self._draining or self._closing or self._ended:
-                state = self._failure or ("closed" if self._ended else "draining")
+                state = self.failure or ("closed" if self._ended else "draining")
                 raise UnavailableError(explain("the engine takes no requests", got=state))
             if request.id in self._tickets:
                 raise UnavailableError(
@@ -132,7 +137,7 @@ class GroupEngine:
 
     def reload_plan(self, plan: Path) -> Future[Mapping[str, Any]]:
         """See `Engine`."""
-        future: Future[Mapping[str, Any]] = Future()
+        future = _future()
         try:
             # Read once, here: a rank that cannot would leave the others waiting.
             placement = read_placement(plan, self._fingerprint)
@@ -144,11 +149,11 @@ class GroupEngine:
 
     def record(self, action: RecordAction, output: Path | None = None) -> Future[Mapping[str, Any]]:
         """See `Engine`."""
-        return self._enqueue(functools.partial(record, action=action, output=output), Future())
+        return self._enqueue(functools.partial(record, action=action, output=output), _future())
 
     def drain(self) -> Future[None]:
         """See `Engine`."""
-        future: Future[None] = Future()
+        future = _future()
         with self._changed:
             self._draining = True
             if self._ended or not self._tickets:
@@ -235,7 +240,7 @@ class GroupEngine:
     def _end(self, error: BaseException | None) -> None:
         with self._changed:
             self._ended = True
-            self._failure = None if error is None else f"{type(error).__name__}: {error}"
+            self._error = error
             left = list(self._tickets)
             futures = [future for _, future in self._actions]
             if self._acting is not None:
@@ -245,7 +250,7 @@ class GroupEngine:
                 TokenEvent(
                     request_id=request_id,
                     finish_reason="cancelled" if error is None else "error",
-                    error=self._failure,
+                    error=self.failure,
                 )
             )
         for future in futures:
@@ -313,3 +318,10 @@ def _with_request(load: RankLoad, request: EngineRequest) -> RankLoad:
         waiting=load.waiting + 1,
         pending_tokens=load.pending_tokens + len(request.prompt_token_ids),
     )
+
+
+def _future() -> Future[Any]:
+    """A future that the one who waits cannot cancel: the group may be at it already."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future

@@ -176,6 +176,39 @@ def test_greedy_tokens_equal_one_process_under_every_placement(models, family):
         assert rank["replicated"] == everything * 3 // 8
 
 
+WINDOWED = {
+    "mixtral": {"sliding_window": 4},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "gpt_oss": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+def _serve_each(rank, ranks, directories):
+    prompts, new_tokens = [*prompts_of(0), *prompts_of(2)], 6
+    for name, directory in directories.items():
+        want = single_process(directory, prompts, new_tokens)
+        engine = load(directory, contiguous(ranks))
+        for together in (1, 5):
+            got = engine.generate(prompts, max_new_tokens=new_tokens, max_batch_size=together)
+            assert got.outputs == want, (name, together)
+
+
+def test_one_rank_alone_generates_the_same_tokens_for_every_family(models):
+    run_ranks(_serve_each, 1, {family: models(family) for family in FAMILIES})
+
+
+def test_sliding_windows_and_attention_sinks_are_kept(tmp_path):
+    directories = {
+        family: save_tiny_model(tmp_path / family, family, **changes)
+        for family, changes in WINDOWED.items()
+    }
+    run_ranks(_serve_each, 2, directories)
+
+
 def _refusals(rank, ranks, directory):
     from semantic_ep.apply.checkpoint import Checkpoint
     from semantic_ep.errors import PlacementError

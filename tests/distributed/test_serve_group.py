@@ -63,31 +63,27 @@ class Client:
 
 
 def serving(directory, test, *args, placement="random", **options):
-    """Run the loop on every rank and `test(client, *args)` on rank 0."""
-    from semantic_ep.serve.group_engine import GroupEngine
-    from semantic_ep.serve.lockstep import run_lockstep
+    """Serve on every rank and run `test(client, *args)` on rank 0."""
     from semantic_ep.serve.scheduler import RoundRobin
+    from semantic_ep.serve.start import serve_group
 
     engine = load(directory, placements(dist.get_world_size())[placement])
-    worker = engine.worker(**{"kv_cache_tokens": 512, "block_size": 4, **options})
-    group = dist.group.WORLD
-    if dist.get_rank() != 0:
-        run_lockstep(worker, group)
-        return worker.batcher.pool.num_free
-    front = GroupEngine(
-        worker,
-        group,
+    fronts = []
+
+    def front(running):
+        fronts.append(running)
+        test(Client(running), *args)
+
+    serve_group(
+        engine,
         scheduler=RoundRobin(),
-        max_sequence_tokens=min(64, worker.batcher.pool.capacity),
+        front=front,
+        **{"kv_cache_tokens": 512, "block_size": 4, **options},
     )
-    try:
-        test(Client(front), *args)
-    finally:
-        front.close()
-    assert not front.healthy
-    with pytest.raises(UnavailableError, match="closed"):
-        front.submit(EngineRequest(id="late", prompt_token_ids=[1], sampling=GREEDY), print)
-    return worker.batcher.pool.num_free
+    for closed in fronts:
+        assert not closed.healthy
+        with pytest.raises(UnavailableError, match="closed"):
+            closed.submit(EngineRequest(id="late", prompt_token_ids=[1], sampling=GREEDY), print)
 
 
 def random_prompts(count, longest=40):
@@ -124,10 +120,9 @@ def _mixed_batches(rank, ranks, directory):
     want = single_process(directory, prompts, LONG.max_tokens) if rank == 0 else None
     # So few tokens a step that prompts come in chunks, and so few blocks that sequences are
     # pre-empted.
-    free = serving(
+    serving(
         directory, _mixed, prompts, want, kv_cache_tokens=80, max_step_tokens=8, max_sequences=6
     )
-    assert free == 20
 
 
 def test_arrivals_chunks_preemptions_and_cancellations_do_not_change_tokens(model):
@@ -256,43 +251,35 @@ def test_every_request_is_sampled_in_its_own_way(model):
 
 
 def _lose_a_rank(rank, ranks, directory, how):
-    from semantic_ep.serve.group_engine import GroupEngine
-    from semantic_ep.serve.lockstep import run_lockstep
-    from semantic_ep.serve.scheduler import RoundRobin
+    from semantic_ep.serve.worker import RankWorker
 
-    engine = load(directory, placements(ranks)["random"])
-    worker = engine.worker(kv_cache_tokens=512)
     if rank == 1:
-        step, count = worker.step, iter(range(100))
+        step, count = RankWorker.step, iter(range(100))
 
-        def last_step():
+        def last_step(worker):
             if next(count) == 3:
                 os.kill(os.getpid(), how)
-            return step()
+            return step(worker)
 
-        worker.step = last_step
-        run_lockstep(worker, dist.group.WORLD)
+        RankWorker.step = last_step
     failed = threading.Event()
-    front = GroupEngine(
-        worker,
-        dist.group.WORLD,
-        scheduler=RoundRobin(),
-        max_sequence_tokens=64,
-        on_failure=lambda error: failed.set(),
-    )
-    client = Client(front)
     start = time.monotonic()
+    with pytest.raises(PeerFailureError, match="died or stopped answering"):
+        serving(directory, _wait_for_errors, failed, on_failure=lambda error: failed.set())
+    return time.monotonic() - start
+
+
+def _wait_for_errors(client, failed):
     for name in ("a", "b"):
         client.submit(name, [5, 6], SamplingParams(max_tokens=40, ignore_eos=True))
     for name in ("a", "b"):
         assert client.last(name).finish_reason == "error"
         assert "died or stopped answering" in client.last(name).error
     assert failed.wait(5)
-    assert not front.healthy
-    assert PeerFailureError.__name__ in front.failure
+    assert not client.engine.healthy
+    assert PeerFailureError.__name__ in client.engine.failure
     with pytest.raises(UnavailableError, match="stopped answering"):
         client.submit("c", [5])
-    return time.monotonic() - start
 
 
 def test_a_killed_rank_ends_requests_with_a_clear_error(model):
