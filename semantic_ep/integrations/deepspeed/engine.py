@@ -42,14 +42,20 @@ class SemanticEngine:
         tag = str(tag or f"global_step{self.global_steps}")
         if self.placed_experts is not None:
             write_placed(self, Path(save_dir, tag))
+        # An engine that writes in the background knows alone when it is done.
+        background = self.checkpoint_engine.is_decoupled()
         result = super().save_checkpoint(
-            save_dir, tag, client_state=dict(client_state or {}), save_latest=False, **kwargs
+            save_dir,
+            tag,
+            client_state=dict(client_state or {}),
+            save_latest=save_latest and background,
+            **kwargs,
         )
         if self.semantic_ep is not None:
             self.semantic_ep.save(Path(save_dir, tag))
-        dist.barrier()
-        if save_latest and dist.get_rank() == 0:
+        if save_latest and not background and dist.get_rank() == 0:
             write_latest(Path(save_dir), tag)
+        dist.barrier()
         return result
 
     def load_checkpoint(

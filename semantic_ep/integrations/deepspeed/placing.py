@@ -94,7 +94,7 @@ def place_experts(
     _check(model, placement)
     groups, process_groups = create_groups(placement, settings)
     ep_rank = process_groups.expert_parallel.rank()
-    name = _group_name(groups)
+    name = group_name(placement.ep_size)
     for layer, site in enumerate(find_moe_layers(model)):
         experts = model.get_submodule(site.experts)
         held_S = placement.experts_of_rank(layer, ep_rank)
@@ -117,7 +117,7 @@ def place_experts(
         dispatcher=dispatcher,
         context=context,
     )
-    model.add_module("semantic_ep_group", _expert_group(placement, name))
+    model.add_module("semantic_ep_group", expert_group(placement.num_experts, placement.ep_size))
     return PlacedExperts(
         placement=placement,
         groups=groups,
@@ -139,7 +139,9 @@ def create_groups(
         topology=_topology_of_job(),
         scope=settings.groups.scope,
     )
-    return groups, _register(groups)
+    made = groups.create()
+    register_groups(made)
+    return groups, made
 
 
 def refuse_copies(placement: Placement) -> None:
@@ -179,8 +181,8 @@ def _check(model: nn.Module, placement: Placement) -> None:
     refuse_copies(placement)
 
 
-def _expert_group(placement: Placement, name: str) -> nn.Module:
-    """A `deepspeed.moe` layer without parameters, for the engine to find."""
+def expert_group(num_experts: int, ep_size: int) -> nn.Module:
+    """A `deepspeed.moe` layer without parameters, for the engine to find in a model."""
     from deepspeed.moe.layer import MoE
 
     class ExpertGroup(MoE):
@@ -188,9 +190,9 @@ def _expert_group(placement: Placement, name: str) -> nn.Module:
 
         def __init__(self) -> None:
             nn.Module.__init__(self)
-            self.expert_group_name = name
-            self.num_experts = placement.num_experts
-            self.ep_size = placement.ep_size
+            self.expert_group_name = group_name(ep_size)
+            self.num_experts = num_experts
+            self.ep_size = ep_size
             # DeepSpeed writes and reads a file for each of these; ours are in other files.
             self.num_local_experts = 0
 
@@ -200,44 +202,44 @@ def _expert_group(placement: Placement, name: str) -> nn.Module:
     return ExpertGroup()
 
 
-def _group_name(groups: GroupPlan) -> str:
+def group_name(ep_size: int) -> str:
     """DeepSpeed reads the size of a group from its name."""
-    return f"ep_size_{groups.ep_size}"
+    return f"ep_size_{ep_size}"
 
 
-def _register(groups: GroupPlan) -> ProcessGroups:
-    """Make the groups known to DeepSpeed, or find them there from an earlier engine."""
+def register_groups(made: ProcessGroups) -> None:
+    """Make the groups of this rank known to DeepSpeed.
+
+    Raises:
+        ConfigError: It has groups of this size over other ranks.
+    """
     from deepspeed.utils import groups as registry
 
-    name, rank = _group_name(groups), dist.get_rank()
-    mine = [
-        next(ranks for ranks in kind if rank in ranks)
-        for kind in (groups.expert_parallel, groups.expert_data_parallel)
-    ]
-    tables = (
-        (registry._EXPERT_PARALLEL_GROUP, registry._EXPERT_PARALLEL_GROUP_RANKS),
-        (registry._EXPERT_DATA_PARALLEL_GROUP, registry._EXPERT_DATA_PARALLEL_GROUP_RANKS),
-    )
-    if name in registry._EXPERT_PARALLEL_GROUP:
-        found = [tuple(ranks[name]) for _, ranks in tables]
-        if found != mine:
+    name = group_name(made.expert_parallel.size())
+    for group, groups, ranks in (
+        (
+            made.expert_parallel,
+            registry._EXPERT_PARALLEL_GROUP,
+            registry._EXPERT_PARALLEL_GROUP_RANKS,
+        ),
+        (
+            made.expert_data_parallel,
+            registry._EXPERT_DATA_PARALLEL_GROUP,
+            registry._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+        ),
+    ):
+        mine = dist.get_process_group_ranks(group)
+        if list(ranks.get(name, mine)) != mine:
             raise ConfigError(
                 explain(
-                    f"DeepSpeed has other groups of {groups.ep_size} expert-parallel ranks already",
+                    f"DeepSpeed has other groups under the name {name} already",
                     where="semantic_ep.groups.scope, --semantic-ep-groups-scope",
-                    got=str(found),
+                    got=str(list(ranks[name])),
                     allowed=str(mine),
                     do="Make the engine with the plan first",
                 )
             )
-        expert, data = (made[name] for made, _ in tables)
-        return ProcessGroups(expert_parallel=expert, expert_data_parallel=data)
-    created = groups.create()
-    for (made, ranks), group, members in zip(
-        tables, (created.expert_parallel, created.expert_data_parallel), mine, strict=True
-    ):
-        made[name], ranks[name] = group, list(members)
-    return created
+        groups[name], ranks[name] = group, mine
 
 
 def _topology_of_job() -> Topology:
