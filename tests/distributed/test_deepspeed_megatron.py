@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("deepspeed")
 pytest.importorskip("megatron.core")
 
-from semantic_ep.errors import ConfigError
+from semantic_ep.errors import CheckpointError, ConfigError
 from tests.distributed import megatron_tiny as tiny
 from tests.distributed.launcher import run_ranks
 from tests.distributed.test_megatron import ROWS
@@ -47,7 +47,7 @@ def _by_megatron(rank):
     return losses
 
 
-def _by_deepspeed(rank, stage):
+def _by_deepspeed(rank, stage, directory):
     import deepspeed
 
     from semantic_ep.integrations.deepspeed.megatron import adopt_experts
@@ -71,10 +71,12 @@ def _by_deepspeed(rank, stage):
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
+    with pytest.raises(CheckpointError, match="experts of rank 0 only"):
+        engine.save_checkpoint(str(directory))
     return losses
 
 
-def _train_both(rank, ranks):
+def _train_both(rank, ranks, directory):
     import deepspeed
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -84,12 +86,12 @@ def _train_both(rank, ranks):
     found = []
     for stage in (0, 2):
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-        found.append(_by_deepspeed(rank, stage))
+        found.append(_by_deepspeed(rank, stage, directory))
     return wanted, found
 
 
-def test_a_deepspeed_engine_has_the_losses_of_megatrons_optimizer():
-    for wanted, found in run_ranks(_train_both, 2):
+def test_a_deepspeed_engine_has_the_losses_of_megatrons_optimizer(tmp_path):
+    for wanted, found in run_ranks(_train_both, 2, tmp_path):
         assert wanted[-1] < wanted[0] - 0.3
         for losses in found:
             assert losses == pytest.approx(wanted, abs=1e-4)

@@ -16,6 +16,9 @@ from semantic_ep.runtime.groups import ProcessGroups
 def adopt_experts(model: nn.Module) -> None:
     """Prepare a Megatron-core model for `deepspeed.initialize`, in place.
 
+    The engine refuses to save and load: what Megatron calls by layer and expert, DeepSpeed would
+    write for rank 0 only. `megatron.core.dist_checkpointing` stores the model.
+
     Args:
         model: Built, not wrapped in Megatron's DistributedDataParallel; Megatron's groups are those
             of `megatron.core.parallel_state`.
@@ -60,4 +63,6 @@ def adopt_experts(model: nn.Module) -> None:
     ep_size = groups.expert_parallel.size()
     for parameter in experts:
         parameter.group_name = group_name(ep_size)
-    model.add_module("semantic_ep_group", expert_group(model.config.num_moe_experts, ep_size))
+    model.add_module(
+        "semantic_ep_group", expert_group(model.config.num_moe_experts, ep_size, stored=False)
+    )

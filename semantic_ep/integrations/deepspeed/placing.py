@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from semantic_ep.config import SemanticEPConfig
-from semantic_ep.errors import ConfigError, PlacementError, explain
+from semantic_ep.errors import CheckpointError, ConfigError, PlacementError, explain
 from semantic_ep.integrations.expert_parallel import SemanticExperts, StepContext, replace_experts
 from semantic_ep.integrations.transformers import find_moe_layers, moe_shape
 from semantic_ep.plan.placement import Placement
@@ -117,7 +117,9 @@ def place_experts(
         dispatcher=dispatcher,
         context=context,
     )
-    model.add_module("semantic_ep_group", expert_group(placement.num_experts, placement.ep_size))
+    model.add_module(
+        "semantic_ep_group", expert_group(placement.num_experts, placement.ep_size, stored=True)
+    )
     return PlacedExperts(
         placement=placement,
         groups=groups,
@@ -181,8 +183,15 @@ def _check(model: nn.Module, placement: Placement) -> None:
     refuse_copies(placement)
 
 
-def expert_group(num_experts: int, ep_size: int) -> nn.Module:
-    """A `deepspeed.moe` layer without parameters, for the engine to find in a model."""
+def expert_group(num_experts: int, ep_size: int, *, stored: bool) -> nn.Module:
+    """A `deepspeed.moe` layer without parameters, for the engine to find in a model.
+
+    Args:
+        num_experts: Logical experts a layer (E).
+        ep_size: Ranks in an expert-parallel group (G).
+        stored: Whether something stores the experts beside DeepSpeed's checkpoints; else DeepSpeed
+            is kept from writing and reading them.
+    """
     from deepspeed.moe.layer import MoE
 
     class ExpertGroup(MoE):
@@ -193,8 +202,19 @@ def expert_group(num_experts: int, ep_size: int) -> nn.Module:
             self.expert_group_name = group_name(ep_size)
             self.num_experts = num_experts
             self.ep_size = ep_size
-            # DeepSpeed writes and reads a file for each of these; ours are in other files.
-            self.num_local_experts = 0
+
+        @property
+        def num_local_experts(self) -> int:
+            """DeepSpeed writes and reads a file for each of these."""
+            if not stored:
+                raise CheckpointError(
+                    explain(
+                        "a DeepSpeed checkpoint of this model would hold the experts of rank 0 "
+                        "only",
+                        do="Save the model with Megatron's dist_checkpointing",
+                    )
+                )
+            return 0
 
         def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
             """The groups are registered already."""
