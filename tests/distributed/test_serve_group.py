@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tests.distributed.launcher import run_ranks
 from tests.distributed.test_serve_engine import (
     LAYERS,
     VOCAB,
+    contiguous,
     load,
     placements,
     save_tiny_model,
@@ -62,12 +64,13 @@ class Client:
         return self.events[name][-1]
 
 
-def serving(directory, test, *args, placement="random", **options):
+def serving(directory, test, *args, **options):
     """Serve on every rank and run `test(client, *args)` on rank 0."""
     from semantic_ep.serve.scheduler import RoundRobin
     from semantic_ep.serve.start import serve_group
 
-    engine = load(directory, placements(dist.get_world_size())[placement])
+    ranks = dist.get_world_size()
+    engine = load(directory, contiguous(1) if ranks == 1 else placements(ranks)["random"])
     fronts = []
 
     def front(running):
@@ -178,6 +181,37 @@ def test_a_plan_is_taken_over_between_two_steps_of_the_same_requests(model, tmp_
         for name, placement in placements(2).items()
     }
     run_ranks(_reload_while_serving, 2, model, plans)
+
+
+def _resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _many_short_requests(client):
+    room, before = threading.Semaphore(64), None
+    for number in range(4000):
+        room.acquire()
+        if number == 1000:
+            before = _resident_bytes()
+        request = EngineRequest(
+            id=str(number),
+            prompt_token_ids=[5 + number % 60] * (1 + number % 9),
+            sampling=SamplingParams(max_tokens=3, temperature=number % 2),
+        )
+        client.engine.submit(request, lambda event: event.finish_reason and room.release())
+        if number % 5 == 0:
+            client.engine.cancel(str(number))
+    client.engine.drain().result(60)
+    assert client.engine.stats().kv_usage == 0
+    assert _resident_bytes() - before < 4e6
+
+
+def _serve_many(rank, ranks, directory):
+    serving(directory, _many_short_requests)
+
+
+def test_memory_stays_flat_over_thousands_of_requests(model):
+    run_ranks(_serve_many, 1, model)
 
 
 def _record(client, output):
