@@ -27,16 +27,14 @@ if TYPE_CHECKING:
 
 
 class StepContext:
-    """What the MoE layers of one model need to know about the current step.
+    """What the MoE layers of one model share.
 
     Attributes:
-        mask_T: bool, which tokens of the flattened batch are real; None means all.
         timer: Seconds in dispatch, experts and combine, over all layers.
         recorder: Told of the router's choices, if there is one.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.mask_T: Tensor | None = None
         self.timer = PhaseTimer(device)
         self.recorder: RoutingSink | None = None
 
@@ -89,9 +87,9 @@ class SemanticExperts(nn.Module):
         """
         if self.context.recorder is not None:
             self.context.recorder.record(self.layer, top_k_index)
-        if self.dispatcher.group.size() == 1 and self.context.mask_T is None:
+        if self.dispatcher.group.size() == 1:
             return self._forward_alone(hidden_states, top_k_index, top_k_weights)
-        slot_TK = remap(self.slot_table_E, top_k_index, self.context.mask_T)
+        slot_TK = remap(self.slot_table_E, top_k_index)
         # Equal on all ranks, also on those that have no token to learn it from.
         exact = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         timer = self.context.timer
@@ -106,7 +104,7 @@ class SemanticExperts(nn.Module):
 
     def _forward_alone(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """One rank has nobody to exchange with: the family's own forward, and the counters."""
-        slot_TK = self.slot_table_E[index_TK]
+        slot_TK = remap(self.slot_table_E, index_TK)
         with self.context.timer.phase("experts"):
             out_TD = self.local(hidden_TD, slot_TK, weights_TK)
         tokens, row_bytes = len(hidden_TD), hidden_TD.shape[1] * hidden_TD.element_size()
@@ -129,9 +127,7 @@ class SemanticExperts(nn.Module):
         weight = next(self.local.parameters())
         hidden = weight.new_empty(0, self.hidden_size)
         index = torch.empty(0, self.top_k, dtype=torch.long, device=weight.device)
-        mask, self.context.mask_T = self.context.mask_T, None
         self(hidden, index, hidden.new_empty(0, self.top_k))
-        self.context.mask_T = mask
 
     def _compute(self, dispatched: Dispatched) -> Tensor:
         rows_RD = dispatched.rows_RD

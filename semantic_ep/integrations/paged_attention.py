@@ -84,7 +84,7 @@ class PackedBatch:
     """How the chunks of a step lie in the packed row.
 
     Attributes:
-        order: Chunk that each place in the row belongs to, as a list of chunk indices.
+        order: Indices of the chunks in the order in which they lie in the row.
         position_T: int64, position of each token in its sequence.
         slot_T: int64, where its key and value are stored, block * block size + offset.
         block_N: int64, blocks to gather, group by group.
@@ -186,11 +186,6 @@ class PagedKVCache:
         self.block_size = block_size
         self.batch: PackedBatch | None = None
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the layers seen so far."""
-        return sum(pool.nbytes for pools in self._pools.values() for pool in pools)
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any

@@ -74,14 +74,13 @@ class RankWorker:
             PeerFailureError: Another rank died or did not answer in time.
         """
         work = self.batcher.plan()
-        self.model.context.mask_T = None
         if not work:
             for experts in self.model.experts:
                 experts.run_idle()
             return []
         device = self.model.context.timer.device
         batch = PackedBatch.build(
-            [Chunk(start=s.computed, count=n, blocks=s.blocks) for s, n in work],
+            [self._chunk(sequence, count) for sequence, count in work],
             block_size=self.cache.block_size,
             device=device,
         )
@@ -110,6 +109,10 @@ class RankWorker:
         for sequence, count in work:
             sequence.computed += count
         return self._append(logits_BV, [work[row][0] for row in ready])
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        needed = -(-(sequence.computed + count) // self.cache.block_size)
+        return Chunk(start=sequence.computed, count=count, blocks=sequence.blocks[:needed])
 
     def _append(self, logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[TokenEvent]:
         if not sequences:

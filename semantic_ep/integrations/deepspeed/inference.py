@@ -42,7 +42,7 @@ class ExpertParallelModel:
         engine: `deepspeed.InferenceEngine`; call it like the model, with a `PagedKVCache` and its
             `packed_batch`.
         experts: The expert modules in layer order.
-        context: What they share; set its mask before each call.
+        context: What they share.
         dispatcher: Of the EP group, with its counters.
         placement: Which experts are where.
         node_of_rank: [G], node of each EP rank.
