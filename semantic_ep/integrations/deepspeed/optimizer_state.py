@@ -78,7 +78,7 @@ def optimizer_parameters(engine: Any) -> tuple[tuple[str, ...], ...]:
         if engine.zero_optimization()
         else [group["params"] for group in engine.optimizer.param_groups]
     )
-    # Mixed precision at ZERO 0 replaces the parameters by copies without names.
+    # Mixed precision at ZeRO 0 replaces the parameters by copies without names.
     return tuple(tuple(names.get(id(p), "") for p in group) for group in groups)
 
 
