@@ -42,7 +42,7 @@ from semantic_ep.serve.compare import ServingMode, compare_modes
 from semantic_ep.serve.engine import SemanticInferenceEngine
 from semantic_ep.serve.reference import generate_in_one_process
 from semantic_ep.serve.requests import Request, read_requests, write_responses
-from semantic_ep.serve.scheduler import by_affinity, round_robin
+from semantic_ep.serve.scheduling.offline import by_affinity, round_robin
 from semantic_ep.serve.summary import in_megabytes, parity_line, summary_table, tracked_metrics
 from semantic_ep.topology import Topology
 from semantic_ep.tracking import Tracker

@@ -66,7 +66,7 @@ class Client:
 
 def serving(directory, test, *args, **options):
     """Serve on every rank and run `test(client, *args)` on rank 0."""
-    from semantic_ep.serve.scheduler import RoundRobin
+    from semantic_ep.serve.scheduling.make import make_scheduler
     from semantic_ep.serve.start import serve_group
 
     ranks = dist.get_world_size()
@@ -79,7 +79,7 @@ def serving(directory, test, *args, **options):
 
     serve_group(
         engine,
-        scheduler=RoundRobin(),
+        scheduler=make_scheduler("round-robin", ep_size=ranks, max_wait_seconds=0),
         front=front,
         **{"kv_cache_tokens": 512, "block_size": 4, **options},
     )

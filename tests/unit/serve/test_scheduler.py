@@ -1,7 +1,7 @@
 import numpy as np
 
 from semantic_ep.plan.schedule import Schedule
-from semantic_ep.serve.scheduler import by_affinity, round_robin
+from semantic_ep.serve.scheduling.offline import by_affinity, round_robin
 
 
 def schedule(request_affinity):

@@ -1,0 +1,1 @@
+"""Attention-DP: which rank serves a request, decided on rank 0 while requests arrive."""
