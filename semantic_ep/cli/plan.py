@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from semantic_ep.observe.profile import RoutingProfile
     from semantic_ep.plan.effect import Workload
+    from semantic_ep.plan.placement import Placement
+    from semantic_ep.plan.plan import Plan
     from semantic_ep.topology import Topology
 
 COMPARED = ("contiguous", "random", "eplb")
+CURRENT = "current"  # row of the placement in force
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ep-size", type=int, required=True, metavar="G", help="EP ranks")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--policy", default="semantic", help="placement policy (default: semantic)")
+    parser.add_argument(
+        "--redundant-slots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="slots beyond one an expert, over all ranks, for copies of experts (default: 0)",
+    )
+    parser.add_argument(
+        "--current",
+        type=Path,
+        metavar="DIR",
+        help="plan in force: name ranks so that fewest experts move, and judge against keeping it",
+    )
+    parser.add_argument(
+        "--horizon-tokens",
+        type=float,
+        metavar="N",
+        help="tokens expected until routing drifts: moving experts must pay within them",
+    )
     parser.add_argument(
         "--mode",
         choices=("requests", "tokens"),
@@ -80,7 +102,6 @@ def run(args: argparse.Namespace) -> int:
     from semantic_ep.observe.profile import RoutingProfile
     from semantic_ep.observe.traces import RoutingTrace
     from semantic_ep.plan.plan import Plan
-    from semantic_ep.plan.policies import policy
     from semantic_ep.plan.schedule import Schedule
     from semantic_ep.plan.verdict import verdict
 
@@ -90,14 +111,61 @@ def run(args: argparse.Namespace) -> int:
     profile.fingerprint.check(holdout.fingerprint, what=f"--holdout {held_out}")
     _check_affinity(profile, args)
     topology = topology_of(args, args.ep_size)
-    names = [name for name in COMPARED if name != args.policy] + [args.policy]
-    placements, seconds = {}, {}
-    for name in names:
+    current = _current(args, profile)
+    chosen, placements, seconds = _place_all(args, profile, current, topology)
+    account = verdict(
+        placements,
+        chosen=chosen,
+        profile=profile,
+        holdout=holdout,
+        mode=args.mode,
+        topology=topology,
+        workload=_workload(args),
+        in_force="contiguous" if current is None else CURRENT,
+        horizon_tokens=args.horizon_tokens,
+    )
+    for row in account["policies"]:
+        row["solve_seconds"] = seconds.get(row["policy"], 0.0)
+    parents = {"profile": profile.sha256}
+    if current is not None:
+        account["moves"] = _moves(placements[chosen], current.placement, topology)
+        parents["current"] = current.sha256
+    plan = Plan(
+        placement=placements[chosen],
+        schedule=Schedule.from_profile(profile, placements[chosen]),
+        verdict=account,
+        fingerprint=profile.fingerprint,
+    )
+    result: dict[str, Any] = {"verdict": account, "output": None, "sha256": None}
+    if not args.dry_run:
+        result["sha256"] = plan.save(args.output, parents)
+        result["output"] = str(args.output)
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print(account, plan, result)
+    return EXIT_OK if account["worth_it"] else EXIT_NO
+
+
+def _place_all(
+    args: argparse.Namespace, profile: RoutingProfile, current: Plan | None, topology: Topology
+) -> tuple[str, dict[str, Placement], dict[str, float]]:
+    """Solve for the policy and what it is compared with.
+
+    Returns:
+        Name of the chosen placement; placements by name, the chosen one last; seconds by name.
+    """
+    from semantic_ep.plan.moving import relabel_ranks
+    from semantic_ep.plan.policies import policy
+    from semantic_ep.plan.replicas import add_replicas
+
+    spare = _spare_slots(args, profile)
+    placements: dict[str, Placement] = {}
+    seconds: dict[str, float] = {}
+    for name in [name for name in COMPARED if name != args.policy] + [args.policy]:
         started = time.perf_counter()
-        chosen = policy(
-            "semantic-requests" if name == "semantic" and args.mode == "requests" else name
-        )
-        placements[name] = chosen.place(
+        requests = name == "semantic" and args.mode == "requests"
+        placements[name] = policy("semantic-requests" if requests else name).place(
             profile,
             ep_size=args.ep_size,
             seed=args.seed,
@@ -105,32 +173,68 @@ def run(args: argparse.Namespace) -> int:
             topology=topology,
         )
         seconds[name] = time.perf_counter() - started
-    account = verdict(
-        placements,
-        chosen=args.policy,
-        profile=profile,
-        holdout=holdout,
-        mode=args.mode,
-        topology=topology,
-        workload=_workload(args),
-    )
-    for row in account["policies"]:
-        row["solve_seconds"] = seconds[row["policy"]]
-    plan = Plan(
-        placement=placements[args.policy],
-        schedule=Schedule.from_profile(profile, placements[args.policy]),
-        verdict=account,
-        fingerprint=profile.fingerprint,
-    )
-    result: dict[str, Any] = {"verdict": account, "output": None, "sha256": None}
-    if not args.dry_run:
-        result["sha256"] = plan.save(args.output, {"profile": profile.sha256})
-        result["output"] = str(args.output)
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        _print(account, plan, result)
-    return EXIT_OK if account["worth_it"] else EXIT_NO
+    chosen = args.policy
+    wanted = placements[chosen]
+    if spare:
+        started = time.perf_counter()
+        wanted = add_replicas(wanted, profile, slots_per_rank=spare, topology=topology)
+        chosen = f"{args.policy}+replicas"
+        seconds[chosen] = seconds[args.policy] + time.perf_counter() - started
+    if current is not None:
+        placements[CURRENT] = current.placement
+        shared = args.mode == "requests"
+        wanted = relabel_ranks(wanted, current.placement, shared_ranks=shared, topology=topology)
+    placements.pop(chosen, None)  # the chosen one goes last
+    return chosen, {**placements, chosen: wanted}, seconds
+
+
+def _spare_slots(args: argparse.Namespace, profile: RoutingProfile) -> int:
+    """Spare slots of each rank."""
+    from semantic_ep.errors import ConfigError, explain
+
+    total, ranks = args.redundant_slots, args.ep_size
+    if total < 0 or total % ranks:
+        raise ConfigError(
+            explain(
+                "ranks must have equally many spare slots",
+                where="--redundant-slots",
+                got=total,
+                allowed=f"multiples of --ep-size {ranks}: 0, {ranks}, {2 * ranks}, ...",
+            )
+        )
+    if total and not profile.token_count.any():
+        raise ConfigError(
+            explain(
+                "copies are chosen by where tokens run, and the profile knows no token ids",
+                where="--redundant-slots",
+                got=total,
+                do="Record token ids, or plan without spare slots",
+            )
+        )
+    return int(total // ranks)
+
+
+def _current(args: argparse.Namespace, profile: RoutingProfile) -> Plan | None:
+    """Read the plan in force, if there is one."""
+    from semantic_ep.plan.plan import Plan
+
+    if args.current is None:
+        return None
+    current = Plan.read(args.current)
+    what = f"--current {args.current}"
+    profile.fingerprint.check(current.fingerprint, what=what, allow_retrained=True)
+    return current
+
+
+def _moves(wanted: Placement, current: Placement, topology: Topology) -> dict[str, int]:
+    """Expert copies that ranks must receive."""
+    from semantic_ep.plan.moving import count_moves
+
+    moves = count_moves(wanted, current, bytes_per_expert=1, topology=topology)
+    return {
+        "expert_copies": int(moves.copies.sum()),
+        "from_other_node": int(moves.from_other_node.sum()),
+    }
 
 
 def _holdout(args: argparse.Namespace) -> Path:
@@ -168,15 +272,15 @@ def _workload(args: argparse.Namespace) -> Workload | None:
     from semantic_ep.errors import ConfigError, explain
     from semantic_ep.plan.effect import Workload
 
-    if args.hidden_size is None and args.expert_bytes is None:
+    if args.hidden_size is None and args.expert_bytes is None and args.horizon_tokens is None:
         return None
     if args.hidden_size is None or args.expert_bytes is None:
         raise ConfigError(
             explain(
-                "the effect on time needs both sizes",
+                "the effect on time, and a horizon for it, need both sizes",
                 where="--hidden-size and --expert-bytes",
                 got=f"{args.hidden_size} and {args.expert_bytes}",
-                do="Give both, or neither",
+                do="Give both, or neither and no --horizon-tokens",
             )
         )
     return Workload(
@@ -239,6 +343,12 @@ def _print(account: dict[str, Any], plan: Any, result: dict[str, Any]) -> None:
         f"LAR: floor {bounds['floor_lar']:.3f} (blind), ceiling {bounds['ceiling_lar']:.3f} (homes "
         "chosen knowing the routes, same placement)"
     )
+    if "moves" in account:
+        moves = account["moves"]
+        console.print(
+            f"to move from the plan in force: {moves['expert_copies']} expert copies, "
+            f"{moves['from_other_node']} of them from another node"
+        )
     if account["effect"] is not None:
         console.print(account["effect"]["summary"])
     console.print(account["summary"])

@@ -142,14 +142,19 @@ def evaluate(
 
 
 def remote_copies_by_token(
-    placement: Placement, trace: RoutingTrace, home_rank: np.ndarray
+    placement: Placement,
+    trace: RoutingTrace,
+    home_rank: np.ndarray,
+    *,
+    topology: Topology | None = None,
 ) -> np.ndarray:
-    """[N] float64, remote copies of each token, mean over layers, on one node."""
+    """[N] float64, remote copies of each token, mean over layers; arguments as `evaluate`."""
     total = np.zeros(trace.num_tokens)
+    nodes = None if topology is None else topology.nodes
     homes = np.asarray(home_rank)
     for layer in range(placement.num_layers):
         home_T = _layer(homes, layer).astype(np.int64)
-        slot_GE = nearest_copy(placement, layer)
+        slot_GE = nearest_copy(placement, layer, node_of_rank=nodes)
         rank_TK = (slot_GE // placement.slots_per_rank)[home_T[:, None], trace.experts[:, layer]]
         hit_TG = np.zeros((trace.num_tokens, placement.ep_size), dtype=bool)
         hit_TG[np.arange(trace.num_tokens)[:, None], rank_TK] = True

@@ -153,6 +153,8 @@ def verdict(
     mode: Mode,
     topology: Topology | None = None,
     workload: Workload | None = None,
+    in_force: str = "contiguous",
+    horizon_tokens: float | None = None,
 ) -> dict[str, Any]:
     """Judge a plan against other placements on held-out requests.
 
@@ -164,6 +166,10 @@ def verdict(
         mode: See `judge`.
         topology: Nodes of the ranks.
         workload: Sizes and runtime, for the effect on time; None leaves it out.
+        in_force: The placement to move away from. Contiguous placement knows no schedule; another
+            one can follow a fresh schedule without moving, so that is what a move must beat.
+        horizon_tokens: Tokens expected until routing drifts, within which moving experts must pay
+            on the links of the workload; None asks for no such thing.
 
     Returns:
         JSON-serialisable account: one row a placement and kind of home rank, the verdict, the
@@ -172,7 +178,8 @@ def verdict(
     rows: list[dict[str, Any]] = []
     homes, costs = [], []
     for name, placement in placements.items():
-        for scheduled in (False, True) if name in (chosen, "contiguous") else (False,):
+        both = name in (chosen, "contiguous", in_force)
+        for scheduled in (False, True) if both else (False,):
             home = home_ranks(holdout, placement, profile if scheduled else None, mode)
             cost = evaluate(placement, holdout, home, topology=topology)
             row = {"policy": name, "schedule": "by affinity" if scheduled else "in order"}
@@ -180,15 +187,15 @@ def verdict(
             costs.append(cost)
             straggler = int(cost.straggler_rows().sum())
             rows.append({**row, **cost.mean(), "straggler_rows": straggler})
-    plain = next(row for row in rows if row["policy"] == "contiguous")
-    planned = rows[-1]
+    of_force = [index for index, row in enumerate(rows) if row["policy"] == in_force]
+    first = of_force[0 if in_force == "contiguous" else -1]
+    plain, planned = rows[first], rows[-1]
     saved = 1 - planned["remote_copies"] / max(plain["remote_copies"], 1e-12)
     straggler_saved = 1 - planned["straggler_rows"] / max(plain["straggler_rows"], 1)
     # The slowest rank sets the time of an all-to-all: a mean that falls alone is no gain.
     worth_it = saved >= WORTHWHILE_SHARE and straggler_saved >= 0
-    first = next(index for index, row in enumerate(rows) if row is plain)
     sent = [
-        remote_copies_by_token(placements[name], holdout, home)
+        remote_copies_by_token(placements[name], holdout, home, topology=topology)
         for name, home in (homes[first], homes[-1])
     ]
     effect = None
@@ -196,12 +203,15 @@ def verdict(
         effect = effect_on_time(
             costs[first],
             costs[-1],
-            placements["contiguous"],
+            placements[in_force],
             placements[chosen],
             topology=topology or Topology.uniform(placements[chosen].ep_size),
             workload=workload,
         )
         worth_it = worth_it and effect["seconds_saved_share"] > 0
+        if horizon_tokens is not None:
+            break_even = effect["break_even_tokens"]
+            worth_it = worth_it and break_even is not None and break_even <= horizon_tokens
     return {
         "ep_size": placements[chosen].ep_size,
         "mode": mode,
@@ -214,7 +224,9 @@ def verdict(
         "saved_interval_95": saving_interval(sent[0], sent[1], holdout),
         "bounds": bounds(placements[chosen], holdout, mode),
         "effect": effect,
+        "horizon_tokens": horizon_tokens,
         "summary": f"{'worth it' if worth_it else 'not worth it'}: {saved:.1%} fewer remote copies "
-        f"than contiguous placement with home ranks in order, and {straggler_saved:.1%} fewer rows "
-        "on the busiest rank",
+        f"than {in_force} placement with home ranks {plain['schedule']}, and "
+        f"{straggler_saved:.1%} fewer rows on the busiest rank"
+        + ("" if horizon_tokens is None else f", over {horizon_tokens:,.0f} tokens"),
     }
