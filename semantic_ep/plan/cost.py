@@ -189,11 +189,28 @@ def transfer_seconds(
     rows = cost.rows_between_ranks.astype(np.float64)
     if runtime == "all-gather":
         rows = np.full(rows.shape, cost.tokens / ranks)
-    rows[:, np.arange(ranks), np.arange(ranks)] = 0
+    return link_seconds(rows, topology, row_bytes=row_bytes)
+
+
+def link_seconds(rows_LGG: np.ndarray, topology: Topology, *, row_bytes: int) -> float:
+    """Seconds of dispatch and combine of all layers; see `transfer_seconds`.
+
+    Args:
+        rows_LGG: [L, G, G], rows from rank [i] to rank [j], also fractions of expected ones; the
+            diagonal is left out.
+        topology: Nodes and links of the ranks.
+        row_bytes: Bytes of one token's row, one way.
+    """
     same_node = topology.nodes[:, None] == topology.nodes
-    seconds = np.zeros(len(rows))
-    for link, mine in ((topology.intra_node, same_node), (topology.inter_node, ~same_node)):
-        on_link = rows * mine
+    to_others = ~np.eye(topology.ep_size, dtype=bool)
+    seconds = np.zeros(len(rows_LGG))
+    for link, mine in (
+        (topology.intra_node, same_node & to_others),
+        (topology.inter_node, ~same_node),
+    ):
+        if not mine.any():
+            continue
+        on_link = rows_LGG * mine
         busiest = np.maximum(on_link.sum(axis=2), on_link.sum(axis=1)).max(axis=1)
         time_L = busiest * row_bytes / (link.gigabytes_per_second * 1e9)
         time_L += np.where(busiest > 0, link.latency_microseconds * 1e-6, 0.0)

@@ -43,9 +43,8 @@ class RankHits:
         """
         step = -(-len(token_ids) // SAMPLED_TOKENS) or 1
         ids = np.asarray(token_ids[::step], dtype=np.int64)
-        known = ids.view(np.uint64) < len(self.table_VG)  # Negative ids are huge when unsigned.
-        if not known.all():
-            ids = ids[known]
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self.table_VG):
+            ids = ids[(ids >= 0) & (ids < len(self.table_VG))]
         if not len(ids):
             return np.zeros(self.ep_size, dtype=np.float32)
         rows = self.table_VG.take(ids, axis=0).astype(np.float32)

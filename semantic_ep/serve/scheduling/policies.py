@@ -36,22 +36,31 @@ class GroupLoad:
     """What the ranks have to do; grows with every assignment.
 
     Attributes:
-        pending_G: [G], prompt tokens still to be computed.
+        work_2G: [2, G] float64: prompt tokens still to be computed, and KV positions that requests
+            handed over and not finished take, or are expected to.
         sequences_G: [G], requests handed over and not finished.
-        kv_G: [G], KV positions that these take, or are expected to.
         kv_total_G: [G], KV positions of each rank.
     """
 
-    pending_G: np.ndarray
+    work_2G: np.ndarray
     sequences_G: np.ndarray
-    kv_G: np.ndarray
     kv_total_G: np.ndarray
+
+    @property
+    def pending_G(self) -> np.ndarray:
+        """[G], prompt tokens still to be computed."""
+        return self.work_2G[0]
+
+    @property
+    def kv_G(self) -> np.ndarray:
+        """[G], KV positions taken."""
+        return self.work_2G[1]
 
     def add(self, candidate: Candidate, rank: int) -> None:
         """Count a request that was handed to a rank."""
-        self.pending_G[rank] += candidate.prompt_tokens - candidate.cached_G[rank]
+        self.work_2G[0, rank] += candidate.prompt_tokens - candidate.cached_G[rank]
+        self.work_2G[1, rank] += candidate.prompt_tokens + candidate.new_tokens
         self.sequences_G[rank] += 1
-        self.kv_G[rank] += candidate.prompt_tokens + candidate.new_tokens
 
 
 class Policy(Protocol):
@@ -77,7 +86,7 @@ class RoundRobin:
 
     def costs(self, candidate: Candidate, load: GroupLoad) -> np.ndarray:
         """See `Policy`: turns to wait."""
-        ranks = len(load.pending_G)
+        ranks = len(load.sequences_G)
         return (np.arange(ranks) - self._next) % ranks
 
     def assigned(self, rank: int) -> None:
@@ -90,22 +99,25 @@ class LeastLoaded:
 
     def costs(self, candidate: Candidate, load: GroupLoad) -> np.ndarray:
         """See `Policy`: tokens."""
-        return load.pending_G + load.kv_G
+        total_G: np.ndarray = load.work_2G.sum(axis=0)
+        return total_G
 
     def assigned(self, rank: int) -> None:
         """See `Policy`."""
 
 
 class PrefixOnly:
-    """The rank with the longest cached prefix; among equals the least loaded."""
+    """The rank with the longest cached prefix, if that is half of the prompt; else least loaded.
+
+    Without the threshold a short beginning that all prompts share would draw all to one rank.
+    """
 
     def costs(self, candidate: Candidate, load: GroupLoad) -> np.ndarray:
-        """See `Policy`: tokens not cached, and a fraction of one for load."""
-        work = load.pending_G + load.kv_G
-        costs: np.ndarray = (candidate.prompt_tokens - candidate.cached_G) + work / (
-            1 + work.max(initial=0)
-        )
-        return costs
+        """See `Policy`: tokens not cached where that counts, and a fraction of one for load."""
+        work_G = load.work_2G.sum(axis=0)
+        counts_G = 2 * candidate.cached_G >= candidate.prompt_tokens
+        costs_G: np.ndarray = work_G / (1 + work_G.max()) - counts_G * candidate.cached_G
+        return costs_G
 
     def assigned(self, rank: int) -> None:
         """See `Policy`."""
@@ -119,7 +131,7 @@ class SemanticWindow:
 
     def costs(self, candidate: Candidate, load: GroupLoad) -> np.ndarray:
         """See `Policy`: affinity, negated."""
-        ranks = len(load.pending_G)
+        ranks = len(load.sequences_G)
         if len(self._used) == ranks:
             self._used.clear()
         costs = np.zeros(ranks) if candidate.hits_G is None else -candidate.hits_G.astype(float)
@@ -155,13 +167,19 @@ class Semantic:
     def costs(self, candidate: Candidate, load: GroupLoad) -> np.ndarray:
         """See `Policy`: seconds."""
         cost = self._cost
+        seconds_per_work = (
+            self._seconds_per_pending,
+            candidate.new_tokens * cost.seconds_per_kv_token,
+        )
+        seconds_G = np.dot(seconds_per_work, load.work_2G)
         computed_G = candidate.prompt_tokens - candidate.cached_G
-        seconds_G = computed_G * cost.seconds_per_token
-        if candidate.hits_G is not None:
+        if candidate.hits_G is None:
+            seconds_G += computed_G * cost.seconds_per_token
+        else:
             copies_G = cost.copy_seconds_GG @ candidate.hits_G
-            seconds_G += (computed_G + candidate.new_tokens) * copies_G
-        seconds_G += load.pending_G * self._seconds_per_pending
-        seconds_G += load.kv_G * (candidate.new_tokens * cost.seconds_per_kv_token)
+            seconds_G += candidate.new_tokens * copies_G
+            copies_G += cost.seconds_per_token
+            seconds_G += computed_G * copies_G
         return seconds_G
 
     def assigned(self, rank: int) -> None:

@@ -129,10 +129,11 @@ class Scheduler:
     def _load(self, ranks: Sequence[RankLoad]) -> GroupLoad:
         if self._kv_total_G is None:  # It never changes.
             self._kv_total_G = np.array([rank.kv_tokens_total for rank in ranks])
+        pending = [rank.pending_tokens for rank in ranks]
+        sequences = [rank.running + rank.waiting for rank in ranks]
         return GroupLoad(
-            pending_G=np.array([float(rank.pending_tokens) for rank in ranks]),
-            sequences_G=np.array([rank.running + rank.waiting for rank in ranks]),
-            kv_G=self._kv_G.copy(),
+            work_2G=np.array((pending, self._kv_G), dtype=np.float64),
+            sequences_G=np.array(sequences),
             kv_total_G=self._kv_total_G,
         )
 

@@ -100,9 +100,7 @@ def test_semantic_leaves_a_rank_whose_queue_costs_more_than_its_experts_save():
 
 def test_semantic_prefers_a_cached_prefix_to_local_experts_when_it_saves_more_time():
     policy = Semantic(serving_cost(2))
-    load = GroupLoad(
-        pending_G=np.zeros(2), sequences_G=np.zeros(2), kv_G=np.zeros(2), kv_total_G=np.zeros(2)
-    )
+    load = GroupLoad(work_2G=np.zeros((2, 2)), sequences_G=np.zeros(2), kv_total_G=np.zeros(2))
 
     def best(cached):
         hits = np.array([0.9, 0.5], dtype=np.float32)
