@@ -57,7 +57,7 @@ LIMITS = RankLimits()
 
 DECISION_RANKS = 64
 DECISION_VOCABULARY = 129_280
-DECISION_ROUNDS = 5
+DECISION_ROUNDS = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> Result:
         args.requests, args.loads, args.ep, args.profile_fraction = 100, [0.3, 1.5], 4, 0.2
         args.links, args.arrivals = args.links[:1], args.arrivals[:1]
     rows = list(_replays(args))
-    decisions = decision_rows(50 if args.quick else 300)
+    decisions = decision_rows(20 if args.quick else 100)
     scenarios = list(dict.fromkeys((row["arrivals"], row["link"]) for row in rows))
     tables = [_table(rows, *scenario) for scenario in scenarios]
     tables.append(
@@ -250,9 +250,8 @@ def decision_rows(requests: int) -> list[dict[str, Any]]:
         RankLoad(pending_tokens=rank, running=1, kv_tokens_total=10**7)
         for rank in range(DECISION_RANKS)
     ]
-    rows: list[dict[str, Any]] = [{"prompt_tokens": tokens} for tokens in (128, 512, 2048, 8192)]
-    for label, prefix_tokens in (("no prefix cache", 0), ("with prefix cache", 10**6)):
-        scheduler = make_scheduler(
+    schedulers = {
+        label: make_scheduler(
             "semantic",
             ep_size=DECISION_RANKS,
             schedule=schedule,
@@ -260,18 +259,22 @@ def decision_rows(requests: int) -> list[dict[str, Any]]:
             cost=cost,
             prefix_tokens_per_rank=prefix_tokens,
         )
-        for row in rows:
-            shape = (DECISION_ROUNDS, requests, row["prompt_tokens"])
-            quietest = min(
-                (
-                    [_decide(scheduler, loads, ids) for ids in prompts]
-                    for prompts in rng.integers(DECISION_VOCABULARY, size=shape)
-                ),
-                key=statistics.median,
-            )
-            row[f"{label}, p50"] = statistics.median(quietest)
-            row[f"{label}, p99"] = float(np.percentile(quietest, 99))
-    return rows
+        for label, prefix_tokens in (("no prefix cache", 0), ("with prefix cache", 10**6))
+    }
+    rounds: dict[tuple[int, str], list[list[float]]] = {}
+    for _ in range(DECISION_ROUNDS):
+        for tokens in (128, 512, 2048, 8192):
+            prompts = rng.integers(DECISION_VOCABULARY, size=(requests, tokens))
+            for label, scheduler in schedulers.items():
+                measured = [_decide(scheduler, loads, ids) for ids in prompts]
+                rounds.setdefault((tokens, label), []).append(measured)
+    rows: dict[int, dict[str, Any]] = {}
+    for (tokens, label), measured_rounds in rounds.items():
+        quietest = min(measured_rounds, key=statistics.median)
+        row = rows.setdefault(tokens, {"prompt_tokens": tokens})
+        row[f"{label}, p50"] = statistics.median(quietest)
+        row[f"{label}, p99"] = float(np.percentile(quietest, 99))
+    return list(rows.values())
 
 
 def _decide(scheduler: Any, loads: Sequence[RankLoad], ids: np.ndarray) -> float:
