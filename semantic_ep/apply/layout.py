@@ -130,8 +130,7 @@ class Layout:
                 where="placement",
                 got=f"experts {experts_LNS[layer, group].tolist()}",
                 allowed="permutations of whole groups, or inside a group",
-                do="Plan with the router groups as a constraint, or serve the plan inside an "
-                "integration, which remaps ids after the router",
+                do="Serve the plan inside an integration, which remaps ids after the router",
             )
         )
 

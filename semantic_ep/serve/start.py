@@ -46,7 +46,7 @@ def serve_group(
         raise ConfigError(
             explain(
                 "the KV cache is too small",
-                where="--kv-cache-tokens",
+                where="kv_cache_tokens",
                 got=options["kv_cache_tokens"],
                 allowed=f"at least one block of {worker.batcher.pool.block_size} tokens",
             )

@@ -263,7 +263,11 @@ def _errors(rank, world_size):
     placed = tiny.model(tiny.config(), ROWS)
     buffers = {"distrib_optim_sharding_type": "dp_reshardable"}
     expect(CheckpointError, lambda: placed.sharded_state_dict(metadata=buffers))
-    for section in ({"groups": {"ep_size": 4}}, {"dispatch": {"backend": "deepep"}}):
+    for section in (
+        {"groups": {"ep_size": 4}},
+        {"groups": {"scope": "node"}},
+        {"dispatch": {"backend": "deepep"}},
+    ):
         settings = SemanticEPConfig.resolve(json_section=section, environment={})
         expect(
             ConfigError,
@@ -297,6 +301,7 @@ def test_what_cannot_work_is_refused_with_the_reason():
             "--mtp-num-layers",
             "fully_reshardable",
             "contradicts --expert-model-parallel-size",
+            "--semantic-ep-groups-scope",
             "--moe-token-dispatcher-type",
             "--cuda-graph-impl",
             "without token ids",

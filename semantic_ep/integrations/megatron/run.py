@@ -118,6 +118,16 @@ def _check_settings(config: SemanticEPConfig, model: TransformerConfig) -> None:
                 allowed=f'{model.expert_model_parallel_size} or "auto"',
             )
         )
+    if "scope" in config.groups.model_fields_set:
+        mistakes.append(
+            explain(
+                "in training Megatron itself chooses which ranks form a group",
+                where="semantic_ep.groups.scope, --semantic-ep-groups-scope",
+                got=config.groups.scope,
+                allowed="not set",
+                do="Leave it out; the order of ranks and --expert-model-parallel-size decide",
+            )
+        )
     if config.dispatch.backend != "auto":
         mistakes.append(
             explain(
