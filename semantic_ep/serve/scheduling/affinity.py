@@ -34,7 +34,7 @@ class RankHits:
     @property
     def ep_size(self) -> int:
         """Number of EP ranks (G)."""
-        return self.table_VG.shape[1]
+        return int(self.table_VG.shape[1])
 
     def of_prompt(self, token_ids: Sequence[int]) -> np.ndarray:
         """[G] float32, mean hits of a prompt's tokens on each rank; zeros if no id is known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from semantic_ep.errors import ConfigError, explain, nearest
@@ -69,7 +70,7 @@ def _policy(name: str, cost: ServingCost | None) -> Policy:
         if cost is None:
             raise ConfigError(explain('policy "semantic" needs the cost of serving the model'))
         return Semantic(cost)
-    plain = {
+    plain: dict[str, Callable[[], Policy]] = {
         "semantic-window": SemanticWindow,
         "prefix-only": PrefixOnly,
         "least-loaded": LeastLoaded,

@@ -47,14 +47,10 @@ class GroupLoad:
     kv_total_G: np.ndarray
 
     @property
-    def pending_G(self) -> np.ndarray:
-        """[G], prompt tokens still to be computed."""
-        return self.work_2G[0]
-
-    @property
     def kv_G(self) -> np.ndarray:
         """[G], KV positions taken."""
-        return self.work_2G[1]
+        taken_G: np.ndarray = self.work_2G[1]
+        return taken_G
 
     def add(self, candidate: Candidate, rank: int) -> None:
         """Count a request that was handed to a rank."""
@@ -171,7 +167,7 @@ class Semantic:
             self._seconds_per_pending,
             candidate.new_tokens * cost.seconds_per_kv_token,
         )
-        seconds_G = np.dot(seconds_per_work, load.work_2G)
+        seconds_G: np.ndarray = np.dot(seconds_per_work, load.work_2G)
         computed_G = candidate.prompt_tokens - candidate.cached_G
         if candidate.hits_G is None:
             seconds_G += computed_G * cost.seconds_per_token

@@ -201,12 +201,12 @@ class _Simulation:
             self.transfer += (steps - 1) * self._decode_seconds[1]
         self.now += steps * seconds
         self.step += steps
-        for rank, simulated in enumerate(self.ranks):
+        for number, simulated in enumerate(self.ranks):
             simulated.kv_read += steps * simulated.decoding
-            for job, count in chunks[rank]:
+            for job, count in chunks[number]:
                 job.left -= count
                 if not job.left:
-                    self._prefilled(job, simulated, rank)
+                    self._prefilled(job, simulated, number)
             for job in simulated.ended(self.step):
                 self.ended[job.index] = self.now
                 self.scheduler.finished(
