@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from semantic_ep.integrations.conversion.settings import (
     differences,
     moe_pattern,
 )
+from semantic_ep.integrations.safetensors_shards import write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +146,8 @@ def megatron_to_huggingface(
             )
     rules = CONVERSIONS[config.model_type].rules(arguments)
     with new_directory(output) as directory:
-        written = _write_shards(
-            directory, _units(checkpoint, arguments, rules, config.vocab_size), max_shard_bytes
-        )
+        units = _units(checkpoint, arguments, rules, config.vocab_size)
+        written = write_shards(directory, units, max_shard_bytes=max_shard_bytes)
         if like is None:
             config.save_pretrained(directory)
         else:
@@ -335,41 +334,6 @@ def _stored(checkpoint: DistributedCheckpoint, keys: list[str]) -> str:
             do="Convert a checkpoint of the whole model, saved as torch_dist",
         )
     )
-
-
-def _write_shards(directory: Path, units: Iterator[dict[str, Tensor]], max_shard_bytes: int) -> int:
-    """Write safetensors files and their index; returns the number of tensors."""
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for unit in units:
-        for name, tensor in unit.items():
-            if pending and size + tensor.nbytes > max_shard_bytes:
-                flush()
-                size = 0
-            pending[name] = tensor.contiguous()
-            size += tensor.nbytes
-            total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (directory / "shard-0").rename(directory / "model.safetensors")
-        return len(shards[0])
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{number}").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return len(weight_map)
 
 
 def _architecture(config: Any) -> str:

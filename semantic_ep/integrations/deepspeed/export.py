@@ -9,7 +9,6 @@ its share of the model, one decoder layer, and the shard it fills.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from semantic_ep.apply.checkpoint.writer import new_directory
 from semantic_ep.errors import CheckpointError, explain
 from semantic_ep.integrations.deepspeed.placing import PlacedExperts
+from semantic_ep.integrations.safetensors_shards import write_shards
 from semantic_ep.integrations.transformers import MoELayerSite, find_moe_layers
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def save_huggingface_checkpoint(
         CheckpointError: The output exists or cannot be written, or a part of the model has no
             place in a Hugging Face checkpoint.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     model = engine.module
     with torch.device("meta"):
         reference = type(model)(model.config)
@@ -58,7 +60,12 @@ def save_huggingface_checkpoint(
             pass
         return
     with new_directory(Path(output)) as directory:
-        _write_shards(directory, reference, units, max_shard_bytes)
+        stored = (revert_weight_conversion(reference, unit) for unit in units)
+        write_shards(
+            directory,
+            tqdm(stored, desc="export", unit=" parts", disable=None),
+            max_shard_bytes=max_shard_bytes,
+        )
         model.config.save_pretrained(directory)
         if model.can_generate():
             model.generation_config.save_pretrained(directory)
@@ -221,45 +228,3 @@ def _name_in(block: nn.Module, shared: nn.Module) -> str:
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _write_shards(
-    directory: Path,
-    reference: nn.Module,
-    units: Iterator[dict[str, Tensor]],
-    max_shard_bytes: int,
-) -> None:
-    from safetensors.torch import save_file
-    from transformers.core_model_loading import revert_weight_conversion
-
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for unit in tqdm(units, desc="export", unit=" parts", disable=None):
-        for name, tensor in revert_weight_conversion(reference, unit).items():
-            tensor = tensor.contiguous()
-            if pending and _bytes(pending) + tensor.nbytes > max_shard_bytes:
-                flush()
-            pending[name] = tensor
-            total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (directory / "shard-0").rename(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{number}").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
