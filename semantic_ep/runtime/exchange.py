@@ -157,24 +157,14 @@ def _receive_layer(
     ]
     message = torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8, device=device)
     buffer = torch.empty(len(received) * width, dtype=torch.uint8, device=device)
-    counts = [
-        (np.bincount([of(m) for m in part], minlength=ranks) * width).tolist()
-        for part, of in ((received, _source_rank), (sent, _target_rank))
-    ]
+    arriving = np.bincount([m.source_rank for m in received], minlength=ranks) * width
+    leaving = np.bincount([m.target_rank for m in sent], minlength=ranks) * width
     with peer_guard("exchange of experts", group):
-        dist.all_to_all_single(buffer, message, *counts, group=group)
+        dist.all_to_all_single(buffer, message, arriving.tolist(), leaving.tolist(), group=group)
     return {
         move.target_slot: _unpacked(buffer[number * width : (number + 1) * width], tensors)
         for number, move in enumerate(received)
     }
-
-
-def _source_rank(move: Move) -> int:
-    return move.source_rank
-
-
-def _target_rank(move: Move) -> int:
-    return move.target_rank
 
 
 def _unpacked(content: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from semantic_ep.integrations.deepspeed.placing import (
 from semantic_ep.integrations.expert_parallel import StepContext
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.backends import create_dispatcher
+from semantic_ep.runtime.exchange import exchange_experts
 from semantic_ep.runtime.slots import remap, slot_tables
 
 if TYPE_CHECKING:
@@ -74,9 +75,8 @@ def place_native_experts(
     context = StepContext(device)
     tables = torch.from_numpy(slot_tables(placement, rank=group.rank()))
     exchange = _exchange_class()
+    _move_experts(layers, placement, group)
     for index, layer in enumerate(layers):
-        held_S = placement.experts_of_rank(index, group.rank()).tolist()
-        _move_experts(layer.deepspeed_moe.experts.deepspeed_experts, held_S, group)
         # A change of class keeps the names of parameters, and so DeepSpeed's checkpoint files.
         layer.deepspeed_moe.__class__ = exchange
         layer.deepspeed_moe.dispatcher = dispatcher
@@ -120,18 +120,28 @@ def _check(layers: Sequence[MoE], placement: Placement) -> None:
             )
 
 
-def _move_experts(
-    experts: Sequence[nn.Module], held_S: Sequence[int], group: dist.ProcessGroup
-) -> None:
-    """From contiguous order to the slots of the plan; one kind of tensor at a time."""
-    states = [expert.state_dict() for expert in experts]
-    for name in states[0]:
-        mine = torch.stack([state[name] for state in states]).contiguous()
-        everyone = [torch.empty_like(mine) for _ in range(group.size())]
-        dist.all_gather(everyone, mine, group=group)
-        whole = torch.cat(everyone)
-        for state, expert in zip(states, held_S, strict=True):
-            state[name].copy_(whole[expert])
+def _move_experts(layers: Sequence[MoE], placement: Placement, group: dist.ProcessGroup) -> None:
+    """From contiguous order to the slots of the plan."""
+    modules = [layer.deepspeed_moe.experts.deepspeed_experts for layer in layers]
+    states = [[expert.state_dict() for expert in experts] for experts in modules]
+    stacked = [
+        {name: torch.stack([state[name] for state in of_layer]) for name in of_layer[0]}
+        for of_layer in states
+    ]
+    exchange_experts(
+        stacked,
+        old=Placement.contiguous(
+            num_layers=placement.num_layers,
+            num_experts=placement.num_experts,
+            ep_size=placement.ep_size,
+        ),
+        new=placement,
+        group=group,
+    )
+    for of_layer, tensors in zip(states, stacked, strict=True):
+        for slot, state in enumerate(of_layer):
+            for name, rows in tensors.items():
+                state[name].copy_(rows[slot])
 
 
 def _exchange_class() -> type:
