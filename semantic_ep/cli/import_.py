@@ -165,7 +165,10 @@ def _print(written: dict[Path, Any], args: argparse.Namespace) -> None:
         )
 
 
-def _describe(artefact: Any) -> tuple[str, float]:
+def _describe(artefact: RoutingTrace | RoutingProfile) -> tuple[str, float]:
     """(kind, tokens) of a profile or trace."""
-    trace = hasattr(artefact, "offsets")
-    return ("trace", artefact.num_tokens) if trace else ("profile", artefact.tokens)
+    from semantic_ep.observe.traces import RoutingTrace
+
+    if isinstance(artefact, RoutingTrace):
+        return "trace", artefact.num_tokens
+    return "profile", artefact.tokens

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+# Positions of a block.
+BLOCK_SIZE = 16
+
+
+def blocks_for(tokens: int, block_size: int = BLOCK_SIZE) -> int:
+    """Blocks that hold this many positions."""
+    return -(-tokens // block_size)
+
 
 class BlockPool:
     """Hands out blocks of equal size.
@@ -28,7 +36,7 @@ class BlockPool:
 
     def missing(self, held: list[int], tokens: int) -> int:
         """Blocks that a sequence needs besides those it holds, for this many positions."""
-        return max(-(-tokens // self.block_size) - len(held), 0)
+        return max(blocks_for(tokens, self.block_size) - len(held), 0)
 
     def grow(self, held: list[int], tokens: int) -> bool:
         """Extend a sequence's blocks to hold `tokens` positions; False if there are too few."""

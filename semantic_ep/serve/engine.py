@@ -22,6 +22,7 @@ from semantic_ep.integrations.deepspeed.inference import ExpertParallelModel, in
 from semantic_ep.integrations.sharded_loading import expert_bytes
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.collectives import peer_guard
+from semantic_ep.serve.blocks import BLOCK_SIZE, blocks_for
 from semantic_ep.serve.protocol import EngineRequest, SamplingParams
 from semantic_ep.serve.requests import check_request
 from semantic_ep.serve.worker import RankWorker
@@ -151,10 +152,10 @@ class SemanticInferenceEngine:
         return bool(flag)
 
 
-def _cache_for(requests: Sequence[EngineRequest], together: int, block_size: int = 16) -> int:
+def _cache_for(requests: Sequence[EngineRequest], together: int) -> int:
     """Positions that the longest `together` requests may need, in whole blocks."""
     needed = sorted(
         (len(request.prompt_token_ids) + request.sampling.max_tokens for request in requests),
         reverse=True,
     )
-    return sum(-(-tokens // block_size) * block_size for tokens in needed[:together])
+    return BLOCK_SIZE * sum(blocks_for(tokens) for tokens in needed[:together])

@@ -152,11 +152,12 @@ def _exchange(message: Any, group: ProcessGroup) -> list[Any]:
     if group.size() == 1:
         return [message]
     content = pickle.dumps(message)
-    frames = _gathered(len(content).to_bytes(8, "little") + content, _FRAME, group)
+    framed = len(content).to_bytes(8, "little") + content
+    frames = _gathered(framed, _FRAME, group)
     sizes = [int.from_bytes(frame[:8], "little") for frame in frames]
     longest = max(sizes) + 8
     if longest > _FRAME:
-        frames = _gathered(len(content).to_bytes(8, "little") + content, longest, group)
+        frames = _gathered(framed, longest, group)
     return [pickle.loads(frame[8 : 8 + size]) for frame, size in zip(frames, sizes, strict=True)]
 
 

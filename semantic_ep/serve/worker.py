@@ -10,7 +10,7 @@ from semantic_ep.integrations.deepspeed.inference import ExpertParallelModel
 from semantic_ep.integrations.paged_attention import Chunk, PackedBatch, PagedKVCache
 from semantic_ep.observe.recorder import RoutingRecorder
 from semantic_ep.serve.batcher import Batcher
-from semantic_ep.serve.blocks import BlockPool
+from semantic_ep.serve.blocks import BLOCK_SIZE, BlockPool, blocks_for
 from semantic_ep.serve.protocol import EngineRequest, TokenEvent
 from semantic_ep.serve.sampler import logprobs, sample
 from semantic_ep.serve.sequences import Sequence
@@ -39,7 +39,7 @@ class RankWorker:
         *,
         rank: int,
         kv_cache_tokens: int,
-        block_size: int = 16,
+        block_size: int = BLOCK_SIZE,
         max_sequences: int = 32,
         max_step_tokens: int = 512,
         tokenizer: Any = None,
@@ -111,7 +111,7 @@ class RankWorker:
         return self._append(logits_BV, [work[row][0] for row in ready])
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
-        needed = -(-(sequence.computed + count) // self.cache.block_size)
+        needed = blocks_for(sequence.computed + count, self.cache.block_size)
         return Chunk(start=sequence.computed, count=count, blocks=sequence.blocks[:needed])
 
     def _append(self, logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[TokenEvent]:

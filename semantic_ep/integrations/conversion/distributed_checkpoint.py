@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import planner as planning
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -197,45 +200,22 @@ class DistributedCheckpoint:
         return whole.reshape(rest)
 
 
-class _Planner(planning.LoadPlanner):
-    """The parts of a planner that reading without a process group does not ask for."""
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> planning.LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[planning.LoadPlan]) -> list[planning.LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: planning.LoadPlan) -> planning.LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: planning.ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
-
-    def resolve_tensor(self, read_item: planning.ReadItem) -> Tensor:
-        raise NotImplementedError
-
-    def commit_tensor(self, read_item: planning.ReadItem, tensor: Tensor) -> None:
-        pass
-
-
-class _Bytes(_Planner):
+class _Bytes(DefaultLoadPlanner):
     """Reads an object."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.stream = io.BytesIO()
 
     def load_bytes(self, read_item: planning.ReadItem, value: io.BytesIO) -> None:
         self.stream = value
 
 
-class _Into(_Planner):
+class _Into(DefaultLoadPlanner):
     """Reads into one tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
         self._tensor = tensor
 
     def resolve_tensor(self, read_item: planning.ReadItem) -> Tensor:

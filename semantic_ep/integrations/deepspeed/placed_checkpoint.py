@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from semantic_ep.artifacts import write_file_atomically
 from semantic_ep.errors import CheckpointError, explain
 from semantic_ep.integrations.deepspeed.optimizer_state import (
     OldLayout,
@@ -105,7 +105,7 @@ class Descriptor:
             "zero_stage": self.zero_stage,
             "parameters": self.parameters,
         }
-        _replace(checkpoint / DESCRIPTOR, json.dumps(data))
+        write_file_atomically(checkpoint / DESCRIPTOR, json.dumps(data).encode())
 
 
 def write_placed(engine: Any, checkpoint: Path) -> None:
@@ -188,7 +188,7 @@ def load_placed(
 
 def write_latest(save_dir: Path, tag: str) -> None:
     """Make a checkpoint the one to resume from."""
-    _replace(save_dir / "latest", tag)
+    write_file_atomically(save_dir / "latest", tag.encode())
 
 
 def _local_experts(engine: Any, checkpoint: Path, old: Placement) -> Mapping[str, Tensor]:
@@ -219,12 +219,3 @@ def _local_experts(engine: Any, checkpoint: Path, old: Placement) -> Mapping[str
 
 def _experts_file(checkpoint: Path, ep_rank: int) -> Path:
     return checkpoint / f"experts-{ep_rank:05d}.safetensors"
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(file)
