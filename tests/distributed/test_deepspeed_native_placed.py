@@ -17,12 +17,18 @@ from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.plan import Plan
 from tests.distributed.launcher import run_ranks
-from tests.distributed.test_deepspeed_placed import PLAIN_DESCENT, save_plan
+from tests.distributed.test_deepspeed_placed import (
+    CONTIGUOUS,
+    MIXED,
+    PLAIN_DESCENT,
+    UNEVEN,
+    placed_config,
+    save_plan,
+)
 from tests.distributed.test_deepspeed_training import (
     VOCAB,
     batches,
     best_two,
-    deepspeed_config,
     start,
 )
 
@@ -32,9 +38,6 @@ WIDTH, EXPERTS, LAYERS = 16, 8, 2
 FINGERPRINT = ModelFingerprint(
     architecture="NativeModel", layer_ids=(0, 1), num_experts=EXPERTS, top_k=2
 )
-CONTIGUOUS = [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
-MIXED = [[1, 0, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 1, 0, 0, 1]]
-UNEVEN = [[1, 0, 1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 1, 0, 1, 0]]
 
 
 class NativeModel(nn.Module):
@@ -77,16 +80,8 @@ class NativeModel(nn.Module):
 
 
 def native_engine(rank, plan, stage=0, *, drop_tokens=False):
-    section = {"enabled": plan is not None}
-    if plan is not None:
-        section["plan"] = {"artifact": str(plan)}
-    config = deepspeed_config(
-        expert_parallel={"enabled": False},
-        zero_optimization={"stage": stage},
-        gradient_accumulation_steps=1,
-        semantic_ep=section,
-    )
-    return start(NativeModel(rank, drop_tokens=drop_tokens), config | PLAIN_DESCENT)
+    config = placed_config(plan, stage, **PLAIN_DESCENT)
+    return start(NativeModel(rank, drop_tokens=drop_tokens), config)
 
 
 def train(engine, rank, steps):

@@ -72,21 +72,25 @@ def plan(tmp_path):
     return lambda placement: save_plan(tmp_path / f"plan{next(numbers)}", placement)
 
 
-def placed_engine(plan, stage=0, output=None, section=None, **changes):
-    """An engine under a plan; without one, every rank holds every expert."""
+def placed_config(plan, stage=0, output=None, section=None, **changes):
+    """DeepSpeed's configuration under a plan; without one, every rank holds every expert."""
     section = {"enabled": plan is not None, **(section or {})}
     if plan is not None:
         section["plan"] = {"artifact": str(plan)}
     if output is not None:
         section["observe"] = {"output": str(output)}
-    config = deepspeed_config(
+    return deepspeed_config(
         expert_parallel={"enabled": False},
         zero_optimization={"stage": stage},
         gradient_accumulation_steps=1,
         semantic_ep=section,
         **changes,
     )
-    return start(tiny_model(), config)
+
+
+def placed_engine(*args, **options):
+    """An engine of `placed_config`."""
+    return start(tiny_model(), placed_config(*args, **options))
 
 
 # Adam hides gradients of a wrong scale, and blows up the rounding of those near zero.
