@@ -1,10 +1,10 @@
 """Experts exchanged among the ranks of an EP group when the placement changes.
 
 `expert_moves` is arithmetic on placements. `exchange_experts` carries it out on any tensors that
-have one row a slot: weights, or optimizer state with them. New contents are received beside the
-old, verified against checksums of the logical experts, and only then copied into the slots; if any
-rank disagrees nothing changes on any. What is needed besides the tensors is room for the rows of
-this rank that change.
+have one row a slot, together or apart: weights, or optimizer state with them. New contents are
+received beside the old, verified against checksums of the logical experts, and only then copied
+into the slots; if any rank disagrees nothing changes on any. What is needed besides the tensors is
+room for the rows of this rank that change.
 
 Shapes: L MoE layers, E logical experts, S slots of this rank.
 """
@@ -28,8 +28,8 @@ from semantic_ep.runtime.collectives import peer_guard
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-SlotTensors = Sequence[Mapping[str, Tensor]]
-"""For each of the L layers, tensors by name whose first axis is the S slots of this rank."""
+SlotTensors = Sequence[Mapping[str, Tensor | Sequence[Tensor]]]
+"""For each of the L layers, by name, a tensor of S rows, or the S rows: one a slot of this rank."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,12 @@ def expert_moves(old: Placement, new: Placement) -> list[Move]:
 
 
 def exchange_experts(
-    tensors: SlotTensors, *, old: Placement, new: Placement, group: ProcessGroup
+    tensors: SlotTensors,
+    *,
+    old: Placement,
+    new: Placement,
+    group: ProcessGroup,
+    together: ProcessGroup | None = None,
 ) -> Exchanged:
     """Bring the experts of `new` into the slots, in place; every rank of the group calls this.
 
@@ -111,6 +116,8 @@ def exchange_experts(
         old: Where experts are.
         new: Where they shall be.
         group: The EP group, of a backend that moves the tensors' device.
+        together: Ranks that change together or not at all, where that is more than one EP group,
+            as when several train the same experts; all of them call this.
 
     Raises:
         PlacementError: Shapes differ, or copies or moved weights do not agree with their
@@ -119,18 +126,22 @@ def exchange_experts(
     """
     moves = expert_moves(old, new)
     rank = group.rank()
-    before = _agreed_checksums(_checksums(tensors, old, rank), group, "before the exchange")
+    together = group if together is None else together
+    own = _checksums(tensors, old, rank)
+    before = _reduced(own, dist.ReduceOp.MAX, group)
+    copies = own != _ABSENT
+    _agree(bool((own[copies] == before[copies]).all()), together, "before the exchange")
     staged = [
         _receive_layer(layer_tensors, [m for m in moves if m.layer == layer], group)
         for layer, layer_tensors in enumerate(tensors)
     ]
     arrived = _checksums(tensors, new, rank, staged)
     held = arrived != _ABSENT
-    _agree(bool((arrived[held] == before[held]).all()), group, "after the exchange")
+    _agree(bool((arrived[held] == before[held]).all()), together, "after the exchange")
     for layer_tensors, rows_of_slot in zip(tensors, staged, strict=True):
         for slot, rows in rows_of_slot.items():
             for name, row in rows.items():
-                layer_tensors[name].data[slot].copy_(row)
+                layer_tensors[name][slot].detach().copy_(row)
     away = [m for m in moves if m.source_rank != m.target_rank]
     return Exchanged(
         experts_moved=len(moves),
@@ -143,16 +154,18 @@ _ABSENT = torch.iinfo(torch.int64).min
 
 
 def _receive_layer(
-    tensors: Mapping[str, Tensor], moves: Sequence[Move], group: ProcessGroup
+    tensors: Mapping[str, Tensor | Sequence[Tensor]], moves: Sequence[Move], group: ProcessGroup
 ) -> dict[int, dict[str, Tensor]]:
     """Exchange the rows of one layer: {slot: {name: row}} of the slots that change here."""
     rank, ranks, width = group.rank(), group.size(), _row_bytes(tensors)
     sent = sorted((m for m in moves if m.source_rank == rank), key=lambda m: m.target_rank)
     received = sorted((m for m in moves if m.target_rank == rank), key=lambda m: m.source_rank)
-    device = next(iter(tensors.values())).device
+    device = next(iter(tensors.values()))[0].device
     # The sort is stable, so that both ends list the rows between two ranks in the same order.
     rows = [
-        torch.cat([t.data[m.source_slot].reshape(-1).view(torch.uint8) for t in tensors.values()])
+        torch.cat(
+            [t[m.source_slot].detach().reshape(-1).view(torch.uint8) for t in tensors.values()]
+        )
         for m in sent
     ]
     message = torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8, device=device)
@@ -167,19 +180,22 @@ def _receive_layer(
     }
 
 
-def _unpacked(content: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unpacked(
+    content: Tensor, tensors: Mapping[str, Tensor | Sequence[Tensor]]
+) -> dict[str, Tensor]:
     """Rows of one slot from their bytes."""
     rows, at = {}, 0
     for name, tensor in tensors.items():
-        end = at + tensor[0].numel() * tensor.element_size()
+        like = tensor[0]
+        end = at + like.numel() * like.element_size()
         # A copy: the bytes of a row may begin where its dtype cannot.
-        rows[name] = content[at:end].clone().view(tensor.dtype).view(tensor.shape[1:])
+        rows[name] = content[at:end].clone().view(like.dtype).view(like.shape)
         at = end
     return rows
 
 
-def _row_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(t[0].numel() * t.element_size() for t in tensors.values())
+def _row_bytes(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> int:
+    return sum(t[0].numel() * t[0].element_size() for t in tensors.values())
 
 
 def _checksums(
@@ -195,7 +211,7 @@ def _checksums(
             if expert >= 0:
                 rows = staged[layer].get(slot) if staged else None
                 if rows is None:
-                    rows = {name: tensor.data[slot] for name, tensor in layer_tensors.items()}
+                    rows = {name: t[slot].detach() for name, t in layer_tensors.items()}
                 sums[layer, expert] = _checksum(rows)
     return sums
 
@@ -209,14 +225,6 @@ def _checksum(rows: Mapping[str, Tensor]) -> int:
         weight = torch.arange(len(bits), device=bits.device) * 2 + 1
         total += int((bits * weight).sum()) * (2 * number + 1)
     return total % 2**63
-
-
-def _agreed_checksums(own: Tensor, group: ProcessGroup, when: str) -> Tensor:
-    """[L, E] of all experts, from whoever holds them; all copies must agree."""
-    highest = _reduced(own, dist.ReduceOp.MAX, group)
-    copies = own != _ABSENT
-    _agree(bool((own[copies] == highest[copies]).all()), group, when)
-    return highest
 
 
 def _agree(fine: bool, group: ProcessGroup, when: str) -> None:

@@ -106,3 +106,33 @@ def _damaged(rank, ranks):
 
 def test_copies_that_differ_are_found_and_nothing_changes_on_any_rank():
     run_ranks(_damaged, 2)
+
+
+def _damaged_on_the_way(rank, ranks):
+    """Two groups of two ranks; one byte changes on its way to rank 3."""
+    from semantic_ep.runtime import exchange
+
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    receive = exchange._receive_layer
+
+    def damage(*call):
+        arrived = receive(*call)
+        if rank == 3:
+            next(iter(arrived.values()))["exp_avg"].view(torch.uint8)[0, 0] ^= 1
+        return arrived
+
+    exchange._receive_layer = damage
+    old, new = drawn(1, 2, 5), drawn(2, 2, 5)
+    tensors, before = contents(old, rank % 2), contents(old, rank % 2)
+    # Rows may also be tensors of their own.
+    apart = [{name: list(tensor.unbind(0)) for name, tensor in layer.items()} for layer in tensors]
+    with pytest.raises(PlacementError, match="differ after the exchange"):
+        exchange_experts(
+            apart, old=old, new=new, group=pairs[rank // 2], together=dist.group.WORLD
+        )
+    for mine, was in zip(tensors, before, strict=True):
+        assert all(torch.equal(mine[name], was[name]) for name in was)
+
+
+def test_a_byte_damaged_on_its_way_to_one_group_changes_nothing_in_any_group():
+    run_ranks(_damaged_on_the_way, 4)

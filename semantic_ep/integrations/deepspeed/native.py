@@ -122,14 +122,8 @@ def _check(layers: Sequence[MoE], placement: Placement) -> None:
 
 def _move_experts(layers: Sequence[MoE], placement: Placement, group: dist.ProcessGroup) -> None:
     """From contiguous order to the slots of the plan."""
-    modules = [layer.deepspeed_moe.experts.deepspeed_experts for layer in layers]
-    states = [[expert.state_dict() for expert in experts] for experts in modules]
-    stacked = [
-        {name: torch.stack([state[name] for state in of_layer]) for name in of_layer[0]}
-        for of_layer in states
-    ]
     exchange_experts(
-        stacked,
+        [native_rows(layer) for layer in layers],
         old=Placement.contiguous(
             num_layers=placement.num_layers,
             num_experts=placement.num_experts,
@@ -138,10 +132,15 @@ def _move_experts(layers: Sequence[MoE], placement: Placement, group: dist.Proce
         new=placement,
         group=group,
     )
-    for of_layer, tensors in zip(states, stacked, strict=True):
-        for slot, state in enumerate(of_layer):
-            for name, rows in tensors.items():
-                state[name].copy_(rows[slot])
+
+
+def native_rows(layer: MoE) -> dict[str, list[Tensor]]:
+    """Parameters and buffers of a layer's experts by their name in an expert, one a slot."""
+    experts = [
+        expert.state_dict(keep_vars=True)
+        for expert in layer.deepspeed_moe.experts.deepspeed_experts
+    ]
+    return {name: [expert[name] for expert in experts] for name in experts[0]}
 
 
 def _exchange_class() -> type:
