@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from semantic_ep.errors import ConfigError, explain
 
 if TYPE_CHECKING:
+    from semantic_ep.apply.families import MoEShape
+    from semantic_ep.artifacts import ModelFingerprint
     from semantic_ep.observe.profile import RoutingProfile
     from semantic_ep.observe.traces import RoutingTrace
 
@@ -22,6 +24,8 @@ TRACES = {
     "sglang-per-token": "read_sglang_trace",
     "vllm-routed-experts": "read_vllm_trace",
 }
+# Formats whose files name the model's layers.
+NAMES_LAYERS = ("sglang-per-token", LOADS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,10 +55,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write DIR/profile from this share of the requests and DIR/holdout from the others",
     )
     parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="JSON",
+        help="the model's config.json: its MoE layers, experts and router groups",
+    )
+    parser.add_argument(
+        "--layer-ids",
+        metavar="IDS",
+        help="model layer of each recorded MoE layer, as in 1-26 or 3,5,7-9, where the format does "
+        "not name it (default: from --config, else as recorded, mostly numbered from 0)",
+    )
+    parser.add_argument(
         "--num-experts",
         type=int,
         metavar="E",
-        help="routed experts a layer (default: from the largest id)",
+        help="routed experts a layer (default: from --config, else from the largest id)",
     )
     parser.add_argument(
         "--top-k", type=int, metavar="K", help=f"{LOADS}: experts a token activates"
@@ -69,18 +85,24 @@ def run(args: argparse.Namespace) -> int:
     from semantic_ep.cli import EXIT_OK
     from semantic_ep.observe.profile import RoutingProfile
 
-    _check_flags(args)
+    shape = None if args.config is None else _shape(args.config)
+    _check_flags(args, shape)
     written: dict[Path, RoutingTrace | RoutingProfile] = {}
     if args.format == LOADS:
-        written[args.output] = _load_profile(args)
+        profile = _load_profile(args, shape)
+        written[args.output] = profile
+        fingerprint = profile.fingerprint
     else:
-        trace = _reader(args.format)(args.file, num_experts=args.num_experts)
+        trace = _read_trace(args, shape)
+        fingerprint = trace.fingerprint
         if args.profile_fraction is None:
             written[args.output] = trace
         else:
             planned, rest = _split(trace, args)
             written[args.output / "profile"] = RoutingProfile.from_trace(planned)
             written[args.output / "holdout"] = rest
+    if shape is not None:
+        _check_model(fingerprint, shape, args)
     if not args.dry_run:
         for path, artefact in written.items():
             artefact.save(path)
@@ -88,23 +110,81 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _reader(name: str) -> Callable[..., RoutingTrace]:
+def _read_trace(args: argparse.Namespace, shape: MoEShape | None) -> RoutingTrace:
     from semantic_ep.observe import formats
 
-    reader: Callable[..., RoutingTrace] = getattr(formats, TRACES[name])
-    return reader
+    reader: Callable[..., RoutingTrace] = getattr(formats, TRACES[args.format])
+    experts = args.num_experts
+    if experts is None and shape is not None:
+        experts = shape.num_experts
+    if args.format in NAMES_LAYERS:
+        return reader(args.file, num_experts=experts)
+    layers = None if args.layer_ids is None else parse_layer_ids(args.layer_ids)
+    if layers is None and shape is not None:
+        layers = shape.layer_ids
+    return reader(args.file, num_experts=experts, layer_ids=layers)
 
 
-def _load_profile(args: argparse.Namespace) -> RoutingProfile:
+def parse_layer_ids(text: str) -> tuple[int, ...]:
+    """Return the layers that e.g. "1-26" or "3,5,7-9" lists.
+
+    Raises:
+        ConfigError: The text is no such list.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(
+                explain(
+                    "not a list of layers",
+                    where="--layer-ids",
+                    got=text,
+                    allowed="layers and ranges of them, as in 1-26 or 3,5,7-9",
+                )
+            )
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)
+
+
+def _shape(config: Path) -> MoEShape:
+    """MoE layers, experts and router groups of the model."""
+    from semantic_ep.apply.checkpoint.reader import CONFIG, read_json
+    from semantic_ep.apply.families import family_of
+
+    content = read_json(config / CONFIG if config.is_dir() else config)
+    return family_of(content).shape(content)
+
+
+def _check_model(found: ModelFingerprint, shape: MoEShape, args: argparse.Namespace) -> None:
+    """Refuse a recording that is not of the model whose config was given."""
+    wrong = [
+        f"{name} {getattr(found, name)} instead of {getattr(shape, name)}"
+        for name in ("layer_ids", "num_experts", "top_k")
+        if getattr(found, name) != getattr(shape, name)
+    ]
+    if wrong:
+        raise ConfigError(
+            explain(
+                "the recording is not of this model",
+                where=f"--config {args.config}",
+                got="; ".join(wrong),
+                do="Give the config.json of the recorded model",
+            )
+        )
+
+
+def _load_profile(args: argparse.Namespace, shape: MoEShape | None) -> RoutingProfile:
     from semantic_ep.artifacts import ModelFingerprint
     from semantic_ep.observe.formats import read_logical_count
     from semantic_ep.observe.profile import RoutingProfile
 
     load, layer_ids = read_logical_count(args.file)
+    top_k = args.top_k if shape is None else shape.top_k
     return RoutingProfile.from_load(
         load,
         ModelFingerprint(
-            architecture="", layer_ids=layer_ids, num_experts=load.shape[1], top_k=args.top_k
+            architecture="", layer_ids=layer_ids, num_experts=load.shape[1], top_k=top_k
         ),
     )
 
@@ -123,9 +203,13 @@ def _split(trace: RoutingTrace, args: argparse.Namespace) -> tuple[RoutingTrace,
     return planned, rest
 
 
-def _check_flags(args: argparse.Namespace) -> None:
+def _check_flags(args: argparse.Namespace, shape: MoEShape | None) -> None:
     problem = None
-    if args.format == LOADS and (args.top_k is None or args.top_k < 1):
+    if args.top_k is not None and shape is not None:
+        problem = "the config tells how many experts a token activates", "--top-k", args.top_k
+    elif args.format in NAMES_LAYERS and args.layer_ids is not None:
+        problem = f"{args.format} names the model's layers", "--layer-ids", args.layer_ids
+    elif args.format == LOADS and shape is None and (args.top_k is None or args.top_k < 1):
         problem = f"{LOADS} does not tell how many experts a token activates", "--top-k", args.top_k
     elif args.format == LOADS and args.profile_fraction is not None:
         problem = f"{LOADS} has no requests to split", "--profile-fraction", args.profile_fraction

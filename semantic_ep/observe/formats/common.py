@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,42 @@ def count_experts(largest_id: int, stated: int | None, *, where: str) -> int:
             )
         )
     return stated
+
+
+def model_layers(
+    recorded: Sequence[int], stated: Sequence[int] | None, *, where: str
+) -> tuple[int, ...]:
+    """Model layer of each recorded MoE layer: as stated, else as recorded.
+
+    Args:
+        recorded: What the file calls its layers; many tools number MoE layers from 0, which is
+            wrong for a model whose first layers are dense.
+        stated: The model's own numbers, in order, or None.
+        where: File or directory, for messages.
+
+    Raises:
+        ArtifactError: The stated layers are not as many, or do not rise.
+    """
+    if stated is None:
+        return tuple(int(layer) for layer in recorded)
+    layers = tuple(int(layer) for layer in stated)
+    rising = all(one < other for one, other in pairwise((-1, *layers)))
+    if len(layers) != len(recorded) or not rising:
+        raise ArtifactError(
+            explain(
+                "the stated layers do not fit the recorded ones",
+                where=where,
+                got=f"{len(layers)} stated: {_shortened(layers)}",
+                allowed=f"{len(recorded)} rising layer numbers",
+                do="State the model layer of each recorded MoE layer, as in 1-26",
+            )
+        )
+    return layers
+
+
+def _shortened(layers: Sequence[int]) -> str:
+    text = ", ".join(map(str, layers[:8]))
+    return text if len(layers) <= 8 else f"{text}, ..., {layers[-1]}"
 
 
 def compact(experts: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,29 @@ from typing import Any
 import numpy as np
 
 from semantic_ep.errors import ArtifactError, explain
-from semantic_ep.observe.formats.common import assemble, read_json_lines
+from semantic_ep.observe.formats.common import assemble, model_layers, read_json_lines
 from semantic_ep.observe.traces import RoutingTrace
 
 _FIELDS = ("step", "layer", "rank", "top_indices")
 
 
 def read_megatron_trace(
-    path: str | os.PathLike[str], *, num_experts: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    num_experts: int | None = None,
+    layer_ids: Sequence[int] | None = None,
 ) -> RoutingTrace:
     """Read `router_trace_rank*.jsonl`; multi-token-prediction routers are left out.
 
     Args:
         path: One file, or the directory given to `--moe-routing-trace-path`.
         num_experts: Experts a layer; None infers it (see `common.count_experts`).
+        layer_ids: Model layer of each MoE layer; None takes the tracer's numbers, which are the
+            model's on the first pipeline stage only.
 
     Raises:
         ArtifactError: A line is malformed, or ranks saw different layers (pipeline stages number
-            their layers from 0: read one stage's ranks at a time).
+            their layers from 0: read one stage's ranks at a time), or the stated layers do not fit.
     """
     source = Path(path)
     files = sorted(source.glob("router_trace_rank*.jsonl")) if source.is_dir() else [source]
@@ -61,7 +67,7 @@ def read_megatron_trace(
                 do="Read the ranks of one pipeline stage at a time, and drop the unfinished step",
             )
         )
-    layer_ids = layer_sets.pop()
+    recorded = layer_sets.pop()
     keys = sorted(passes)
     for key in keys:
         tokens = {len(routes) for routes in passes[key].values()}
@@ -74,10 +80,10 @@ def read_megatron_trace(
                 )
             )
     return assemble(
-        [np.stack([passes[key][layer] for layer in layer_ids], axis=1) for key in keys],
+        [np.stack([passes[key][layer] for layer in recorded], axis=1) for key in keys],
         token_ids=None,
         requests=[{"step": step, "rank": rank, "pass": repeat} for step, rank, repeat in keys],
-        layer_ids=layer_ids,
+        layer_ids=model_layers(recorded, layer_ids, where=str(source)),
         num_experts=num_experts,
         where=str(source),
     )

@@ -3,7 +3,8 @@
 A line is one response of the completions or chat endpoint: `prompt_routed_experts` [prompt, L, K]
 for the prompt and `choices[].routed_experts` [generated, L, K] for each completion, as nested
 lists or as base64 of a .npy file. Token ids are there if the request had `return_token_ids`. The
-last generated token was never fed back, so it has no route.
+last generated token was never fed back, so it has no route. vLLM keeps a row for every layer of the
+model and leaves those that it does not capture zero; such layers are left out here.
 """
 
 from __future__ import annotations
@@ -13,27 +14,33 @@ import binascii
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from semantic_ep.errors import ArtifactError, explain
-from semantic_ep.observe.formats.common import assemble, read_json_lines
+from semantic_ep.observe.formats.common import assemble, model_layers, read_json_lines
 from semantic_ep.observe.traces import RoutingTrace
 
 
 def read_vllm_trace(
-    path: str | os.PathLike[str], *, num_experts: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    num_experts: int | None = None,
+    layer_ids: Sequence[int] | None = None,
 ) -> RoutingTrace:
     """Read responses; a choice is one request, its prompt's tokens before the generated ones.
 
     Args:
         path: JSONL file, one response a line.
         num_experts: Experts a layer; None infers it (see `common.count_experts`).
+        layer_ids: Model layer of each captured layer; None takes the rows' positions, which are
+            the model's where vLLM captures by model layer.
 
     Raises:
-        ArtifactError: A line is no response with routed experts.
+        ArtifactError: A line is no response with routed experts, or the stated layers do not fit.
     """
     file = Path(path)
     pieces: list[np.ndarray] = []
@@ -67,12 +74,12 @@ def read_vllm_trace(
                     "prompt_tokens": 0 if prompt is None else len(prompt),
                 }
             )
-    layers = pieces[0].shape[1] if pieces else 0
+    pieces, captured = _captured(pieces, str(file))
     return assemble(
         pieces,
         token_ids=ids,
         requests=described,
-        layer_ids=range(layers),
+        layer_ids=model_layers(captured, layer_ids, where=str(file)),
         num_experts=num_experts,
         where=str(file),
     )
@@ -92,6 +99,26 @@ def write_vllm_trace(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
                 "choices": [{"index": 0}],
             }
             stream.write(json.dumps(response) + "\n")
+
+
+def _captured(pieces: list[np.ndarray], where: str) -> tuple[list[np.ndarray], list[int]]:
+    """Pieces without the layers that hold no route, and the layers they keep.
+
+    With several experts a token, all zeros name one expert twice and are no route.
+    """
+    layers = list(range(pieces[0].shape[1])) if pieces else []
+    if len({piece.shape[1:] for piece in pieces}) != 1 or pieces[0].shape[2] == 1:
+        return pieces, layers
+    used = np.any([piece.any(axis=(0, 2)) for piece in pieces], axis=0)
+    if not used.any():
+        raise ArtifactError(
+            explain(
+                "no layer has a route",
+                where=where,
+                do="Serve a model with experts, with --enable-return-routed-experts",
+            )
+        )
+    return [piece[:, used] for piece in pieces], np.flatnonzero(used).tolist()
 
 
 def _routes(value: Any, where: str) -> np.ndarray | None:

@@ -23,6 +23,7 @@ from semantic_ep.observe.formats import (
     write_vllm_trace,
 )
 from semantic_ep.observe.traces import RoutingTrace
+from tests.unit.observe.sglang_dumps import sglang_dump
 
 
 def make_trace(seed=0, lengths=(3, 5), layer_ids=(1, 2, 3), experts=8, top_k=2, requests=True):
@@ -57,6 +58,21 @@ def test_npz_round_trip(tmp_path_factory, seed, lengths):
     assert_same_routes(found, trace)
     np.testing.assert_array_equal(found.token_id, trace.token_id)
     assert found.requests == trace.requests
+
+
+def test_npz_keeps_layer_numbers_and_takes_stated_ones(tmp_path):
+    trace = make_trace(layer_ids=(1, 2, 4))
+    write_npz_trace(trace, tmp_path / "toy.npz")
+    assert read_npz_trace(tmp_path / "toy.npz").fingerprint.layer_ids == (1, 2, 4)
+    found = read_npz_trace(tmp_path / "toy.npz", layer_ids=(3, 4, 5))
+    assert found.fingerprint.layer_ids == (3, 4, 5)
+
+
+@pytest.mark.parametrize("stated", [(1, 2), (1, 2, 3, 4), (2, 1, 3), (1, 1, 2)])
+def test_stated_layers_must_be_as_many_as_recorded_and_rise(tmp_path, stated):
+    write_npz_trace(make_trace(), tmp_path / "toy.npz")
+    with pytest.raises(ArtifactError, match="3 rising layer numbers"):
+        read_npz_trace(tmp_path / "toy.npz", layer_ids=stated)
 
 
 def test_npz_without_token_ids_marks_every_token_unknown(tmp_path):
@@ -101,6 +117,12 @@ def test_megatron_round_trip_keeps_routes_requests_and_layer_numbers(tmp_path):
     assert_same_routes(found, trace)
     assert found.fingerprint.layer_ids == (1, 3, 4)
     assert (found.token_id == -1).all()
+
+
+def test_megatron_layers_of_a_later_pipeline_stage_are_renumbered(tmp_path):
+    write_megatron_trace(make_trace(layer_ids=(0, 1, 2)), tmp_path)
+    found = read_megatron_trace(tmp_path, layer_ids=(13, 14, 15))
+    assert found.fingerprint.layer_ids == (13, 14, 15)
 
 
 def test_megatron_micro_batches_and_ranks_become_requests_of_their_own(tmp_path):
@@ -168,33 +190,11 @@ def test_a_file_without_counts_is_refused(tmp_path):
         read_logical_count(tmp_path / "load.json")
 
 
-def sglang_dump(torch, trace, *, rank=0, decode=False):
-    """A per-token dump of one batch: dense layer 0 and unused top-k columns padded with -1."""
-    layers, top_k = trace.fingerprint.num_layers, trace.fingerprint.top_k
-    rng = np.random.default_rng(7)
-    logical_of = np.stack([rng.permutation(8) for _ in range(layers + 1)])
-    physical_of = logical_of.argsort(axis=1)
-    topk = np.full((layers + 1, trace.num_tokens, 8), -1)
-    for layer in range(layers):
-        topk[layer + 1, :, :top_k] = physical_of[layer + 1][trace.experts[:, layer]]
-    record = {
-        "forward_pass_id": 5,
-        "rank": rank,
-        "gatherer_key": "primary",
-        "input_ids": trace.token_id.tolist(),
-        "positions": list(range(trace.num_tokens)),
-        "extend_seq_lens": None if decode else np.diff(trace.offsets).tolist(),
-        "forward_mode": 2 if decode else 1,
-        "topk_ids_of_layer": torch.tensor(topk, dtype=torch.int32),
-    }
-    return {"records": [record], "last_physical_to_logical_map": torch.tensor(logical_of)}
-
-
 def test_sglang_per_token_dump_is_read_in_logical_ids(tmp_path):
     torch = pytest.importorskip("torch")
     trace = make_trace()
-    torch.save(sglang_dump(torch, trace), tmp_path / "a_0.pt")
-    torch.save(sglang_dump(torch, trace, rank=1), tmp_path / "a_1.pt")
+    torch.save(sglang_dump(trace), tmp_path / "a_0.pt")
+    torch.save(sglang_dump(trace, rank=1), tmp_path / "a_1.pt")
     found = read_sglang_trace(tmp_path, num_experts=8)
     assert_same_routes(found, trace)
     np.testing.assert_array_equal(found.token_id, trace.token_id)
@@ -204,7 +204,7 @@ def test_sglang_per_token_dump_is_read_in_logical_ids(tmp_path):
 def test_sglang_decode_tokens_are_requests_of_one_token(tmp_path):
     torch = pytest.importorskip("torch")
     trace = make_trace()
-    torch.save(sglang_dump(torch, trace, decode=True), tmp_path / "a.pt")
+    torch.save(sglang_dump(trace, decode=True), tmp_path / "a.pt")
     assert read_sglang_trace(tmp_path / "a.pt").num_requests == trace.num_tokens
 
 
@@ -234,6 +234,22 @@ def test_vllm_round_trip(tmp_path):
     found = read_vllm_trace(tmp_path / "responses.jsonl", num_experts=8)
     assert_same_routes(found, trace)
     np.testing.assert_array_equal(found.token_id, trace.token_id)
+
+
+def test_vllm_layers_that_were_not_captured_are_left_out(tmp_path):
+    prompt = [[[0, 0], [1, 2], [0, 3]], [[0, 0], [2, 1], [1, 0]]]
+    line = json.dumps({"prompt_routed_experts": prompt, "choices": [{"index": 0}]})
+    (tmp_path / "r.jsonl").write_text(line)
+    found = read_vllm_trace(tmp_path / "r.jsonl")
+    assert found.fingerprint.layer_ids == (1, 2)
+    assert found.experts.tolist() == [layers[1:] for layers in prompt]
+    assert read_vllm_trace(tmp_path / "r.jsonl", layer_ids=(3, 4)).fingerprint.layer_ids == (3, 4)
+
+
+def test_vllm_without_any_route_is_refused(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"prompt_routed_experts": [[[0, 0]]], "choices": [{}]}')
+    with pytest.raises(ArtifactError, match="no layer has a route"):
+        read_vllm_trace(tmp_path / "r.jsonl")
 
 
 def test_vllm_choices_continue_their_prompt_and_the_last_token_has_no_route(tmp_path):
