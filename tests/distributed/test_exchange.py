@@ -127,9 +127,7 @@ def _damaged_on_the_way(rank, ranks):
     # Rows may also be tensors of their own.
     apart = [{name: list(tensor.unbind(0)) for name, tensor in layer.items()} for layer in tensors]
     with pytest.raises(PlacementError, match="differ after the exchange"):
-        exchange_experts(
-            apart, old=old, new=new, group=pairs[rank // 2], together=dist.group.WORLD
-        )
+        exchange_experts(apart, old=old, new=new, group=pairs[rank // 2], together=dist.group.WORLD)
     for mine, was in zip(tensors, before, strict=True):
         assert all(torch.equal(mine[name], was[name]) for name in was)
 
