@@ -20,10 +20,8 @@ from scipy import sparse
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import ArtifactError, explain
 from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.samples import Part, merge_samples, no_samples
 from semantic_ep.observe.tables import TokenExpertTable
-from semantic_ep.observe.traces import RoutingTrace
-
-Part = dict[str, np.ndarray]
 
 _LARGEST_WEIGHT = 2.0**30
 
@@ -101,12 +99,13 @@ class RoutingCounters:
             "key": np.zeros(0),
             "load": np.zeros((0, num_layers, num_experts), np.float32),
         }
-        self._samples: Part = _no_samples(num_layers, top_k)
+        self._samples = no_samples(num_layers, top_k)
+        self._window, self._window_tokens = no_samples(num_layers, top_k), 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        parts = (self._totals, self._sequences, self._samples)
+        parts = (self._totals, self._sequences, self._samples, self._window)
         return sum(array.nbytes for part in parts for array in part.values()) + sum(
             table.nbytes for table in self._tables
         )
@@ -135,6 +134,10 @@ class RoutingCounters:
         self._weight *= math.exp(self._decay_rate)
         if self._weight > _LARGEST_WEIGHT:
             self._rescale()
+
+    def start_window(self, max_tokens: int) -> None:
+        """Sample whole sequences anew, beside all else, from now on."""
+        self._window, self._window_tokens = no_samples(self._layers, self._top_k), max_tokens
 
     def restore(self, profile: RoutingProfile) -> None:
         """Go on from a profile, as one that was saved before an interruption.
@@ -175,18 +178,24 @@ class RoutingCounters:
         self._keep_sequences(keys, profile.sequence_load)
 
     def part_names(self) -> list[str]:
-        """Names of the parts, in the order in which every process must combine them."""
+        """Names of a profile's parts, in the order in which every process must combine them."""
         tables = [f"table.{layer}" for layer in range(self._layers)]
-        return ["totals", *tables, "sequences", "samples"]
+        return ["totals", *tables, "sequences"]
 
     def part(self, name: str) -> Part:
-        """A copy of one part, in units of tokens as of now."""
+        """A copy of one part, in units of tokens as of now.
+
+        Besides the parts of a profile there are "samples", sequences of the whole run, and
+        "window", those since `start_window`.
+        """
         if name == "totals":
             return {key: array / self._weight for key, array in self._totals.items()}
         if name == "sequences":
             return dict(self._sequences)
         if name == "samples":
             return dict(self._samples)
+        if name == "window":
+            return dict(self._window)
         table = self._tables[int(name.removeprefix("table."))]
         cells, counts = table.counts()
         return {
@@ -204,7 +213,9 @@ class RoutingCounters:
             best = np.argsort(keys, kind="stable")[: self._capacity]
             return {key: np.concatenate([one[key], other[key]])[best] for key in one}
         if name == "samples":
-            return _merged_samples(one, other, self.limits.sample_tokens)
+            return merge_samples(one, other, self.limits.sample_tokens)
+        if name == "window":
+            return merge_samples(one, other, self._window_tokens)
         table = TokenExpertTable(self._vocab * self._experts, self.limits.table_bytes)
         for part in (one, other):
             table.add_counts(part["cells"], part["counts"])
@@ -255,16 +266,6 @@ class RoutingCounters:
             },
         )
 
-    def trace(self, samples: Part, fingerprint: ModelFingerprint) -> RoutingTrace:
-        """The sampled sequences of a (combined) part as a trace."""
-        offsets = np.concatenate([[0], np.cumsum(samples["length"])]).astype(np.int64)
-        return RoutingTrace(
-            fingerprint=fingerprint,
-            experts=samples["experts"],
-            offsets=offsets,
-            token_id=samples["token_id"],
-        )
-
     def _count(self, name: str, layer: int, codes: np.ndarray, size: int) -> None:
         if codes.size and codes.min() < 0:
             codes = codes[codes >= 0]
@@ -303,7 +304,8 @@ class RoutingCounters:
         complete = len(experts) == self._layers and all(
             e.min(initial=0) >= 0 for e in experts.values()
         )
-        if self.limits.sample_tokens and complete:
+        self._window["seen"] += len(routed.token_id)
+        if complete and (self.limits.sample_tokens or self._window_tokens):
             dtype = self._samples["experts"].dtype
             routes = np.stack([experts[layer] for layer in range(self._layers)], axis=1)
             arrived: Part = {
@@ -311,8 +313,10 @@ class RoutingCounters:
                 "length": lengths,
                 "experts": routes.astype(dtype),
                 "token_id": routed.token_id.astype(np.int32),
+                "seen": np.zeros(1),
             }
-            self._samples = _merged_samples(self._samples, arrived, self.limits.sample_tokens)
+            self._samples = merge_samples(self._samples, arrived, self.limits.sample_tokens)
+            self._window = merge_samples(self._window, arrived, self._window_tokens)
 
     def _keep_sequences(self, keys: np.ndarray, loads: np.ndarray) -> None:
         arrived = {"key": keys, "load": loads.astype(np.float32)}
@@ -324,30 +328,3 @@ class RoutingCounters:
         for table in self._tables:
             table.scale(1 / self._weight)
         self._weight = 1.0
-
-
-def _no_samples(num_layers: int, top_k: int) -> Part:
-    return {
-        "key": np.zeros(0),
-        "length": np.zeros(0, np.int64),
-        "experts": np.zeros((0, num_layers, top_k), np.uint16),
-        "token_id": np.zeros(0, np.int32),
-    }
-
-
-def _merged_samples(one: Part, other: Part, max_tokens: int) -> Part:
-    """The sequences of smallest key that fit into `max_tokens` together."""
-    key = np.concatenate([one["key"], other["key"]])
-    length = np.concatenate([one["length"], other["length"]])
-    order = np.argsort(key, kind="stable")
-    order = order[np.cumsum(length[order]) <= max_tokens]
-    start = np.cumsum(length) - length
-    tokens = np.concatenate(
-        [np.arange(start[i], start[i] + length[i]) for i in order] or [np.zeros(0, np.int64)]
-    ).astype(np.int64)
-    return {
-        "key": key[order],
-        "length": length[order],
-        "experts": np.concatenate([one["experts"], other["experts"]])[tokens],
-        "token_id": np.concatenate([one["token_id"], other["token_id"]])[tokens],
-    }

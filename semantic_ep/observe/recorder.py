@@ -26,7 +26,8 @@ from torch import distributed as dist
 
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import BackendError, explain
-from semantic_ep.observe.counters import CounterLimits, Part, RoutedTokens, RoutingCounters
+from semantic_ep.observe.counters import CounterLimits, RoutedTokens, RoutingCounters
+from semantic_ep.observe.samples import Part, trace_of
 
 if TYPE_CHECKING:
     from semantic_ep.observe.profile import RoutingProfile
@@ -209,7 +210,21 @@ class RoutingRecorder:
     ) -> RoutingTrace | None:
         """The sampled sequences of all ranks, on the first rank; collective over `group`."""
         parts = self._combined(["samples"], group)
-        return None if parts is None else self.counters.trace(parts["samples"], fingerprint)
+        return None if parts is None else trace_of(parts["samples"], fingerprint)
+
+    def start_window(self, max_tokens: int) -> None:
+        """Sample up to `max_tokens` of whole sequences of the steps from now on, in memory."""
+        self.flush()
+        self.counters.start_window(max_tokens)
+
+    def window(
+        self, fingerprint: ModelFingerprint, *, group: dist.ProcessGroup | None = None
+    ) -> tuple[RoutingTrace, int] | None:
+        """The window's sampled sequences, and all its tokens; as `trace`, collective."""
+        parts = self._combined(["window"], group)
+        if parts is None:
+            return None
+        return trace_of(parts["window"], fingerprint), int(parts["window"]["seen"][0])
 
     def _combined(
         self, names: list[str], group: dist.ProcessGroup | None

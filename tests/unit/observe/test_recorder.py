@@ -341,3 +341,26 @@ def test_a_failure_in_the_background_stops_the_run():
         recorder.flush()
     with pytest.raises(BackendError, match="the routing recorder failed"):
         recorder.step()
+
+
+def test_a_window_samples_the_sequences_since_it_was_opened_and_leaves_the_profile_alone():
+    rng = np.random.default_rng(3)
+    recorder = make_recorder()
+    before, ids = random_routes(rng, 6)
+    feed(recorder, before, ids)
+    recorder.step()
+    recorder.start_window(10)
+    passes = [random_routes(rng, 8) for _ in range(3)]
+    for routes, ids_of_pass in passes:
+        feed(recorder, routes, ids_of_pass, sequence_T=[0] * 4 + [1] * 4)
+        recorder.step()
+    trace, tokens = recorder.window(FINGERPRINT)
+    assert tokens == 24
+    assert np.diff(trace.offsets).tolist() == [4, 4]  # Whole ones: a third would pass the bound.
+    seen = {
+        half.tobytes() for routes, _ in passes for half in np.split(routes.astype(np.uint16), 2)
+    }
+    assert {part.tobytes() for part in np.split(trace.experts, 2)} <= seen
+    assert recorder.profile(FINGERPRINT).tokens == 30
+    recorder.start_window(10)
+    assert recorder.window(FINGERPRINT)[1] == 0
