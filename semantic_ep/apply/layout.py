@@ -17,6 +17,7 @@ from semantic_ep.apply.families import RouterGroups
 from semantic_ep.artifacts import ModelFingerprint, read_artifact, write_artifact
 from semantic_ep.errors import PlacementError, explain
 from semantic_ep.plan.placement import Placement
+from semantic_ep.plan.router_groups import mixed_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,23 +115,23 @@ class Layout:
         """
         if groups is None:
             return
-        size = self.fingerprint.num_experts // groups.num_groups
-        experts_LNS = self.physical_to_logical_map.reshape(-1, groups.num_groups, size)
-        group_LNS = experts_LNS // size
-        mixed = np.argwhere((group_LNS != group_LNS[:, :, :1]).any(axis=2))
+        mixed = mixed_blocks(self.physical_to_logical_map, groups.num_groups)
         if not mixed.size:
             return
         layer, group = mixed[0]
+        size = self.fingerprint.num_experts // groups.num_groups
+        experts_S = self.physical_to_logical_map[layer, group * size : (group + 1) * size]
         raise PlacementError(
             explain(
                 f"layer {self.fingerprint.layer_ids[layer]}: the router keeps the best "
                 f"{groups.topk_group} of {groups.num_groups} groups of {size} neighbouring slots, "
                 f"and slots {group * size}..{group * size + size - 1} would mix experts of the "
-                f"router groups {np.unique(group_LNS[layer, group]).tolist()}",
+                f"router groups {np.unique(experts_S // size).tolist()}",
                 where="placement",
-                got=f"experts {experts_LNS[layer, group].tolist()}",
+                got=f"experts {experts_S.tolist()}",
                 allowed="permutations of whole groups, or inside a group",
-                do="Serve the plan inside an integration, which remaps ids after the router",
+                do=f"Plan with --router-groups {groups.num_groups}, or serve the plan inside an "
+                "integration, which remaps ids after the router",
             )
         )
 

@@ -23,6 +23,22 @@ def assign_experts(gain_GE: np.ndarray) -> np.ndarray:
     return rank_E
 
 
+def assign_in_groups(gain_GE: np.ndarray, num_groups: int) -> np.ndarray:
+    """As `assign_experts`, each group of neighbouring experts on a block of neighbouring ranks.
+
+    Args:
+        gain_GE: [G, E] gain of an expert on a rank; G divides E.
+        num_groups: Groups and blocks; divides G.
+    """
+    ranks, experts = gain_GE.shape
+    parts = gain_GE.reshape(num_groups, ranks // num_groups, num_groups, experts // num_groups)
+    inside = np.array([[assign_experts(part) for part in block.swapaxes(0, 1)] for block in parts])
+    gained = np.take_along_axis(parts, inside[:, None], axis=1).sum(axis=(1, 3))
+    block_of_group = match_parts(gained)
+    own = inside[block_of_group, np.arange(num_groups)]
+    return np.asarray(own + block_of_group[:, None] * (ranks // num_groups)).ravel()
+
+
 def match_parts(overlap_GG: np.ndarray) -> np.ndarray:
     """[G] int64, the part that each column's place takes, with the largest total overlap.
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 from scipy import sparse
 
-from semantic_ep.plan.assignment import assign_experts
+from semantic_ep.plan.assignment import assign_experts, assign_in_groups
 
 LOAD_PENALTY = 2.0
 
@@ -27,6 +27,7 @@ def cocluster(
     first: np.ndarray | None = None,
     deadline: float | None = None,
     iterations: int = 30,
+    router_groups: int = 1,
 ) -> tuple[np.ndarray, float]:
     """Cluster rows and the experts of all tables together, from one start.
 
@@ -41,6 +42,8 @@ def cocluster(
         first: [L, E] placement to start from; random rows without.
         deadline: `time.monotonic()` after which no further alternation begins.
         iterations: Bound on alternations.
+        router_groups: Groups of neighbouring experts that stay on a block of neighbouring ranks;
+            divides G.
 
     Returns:
         [L, E] rank of each expert, E / G on each rank in each layer, and the value reached: local
@@ -63,7 +66,11 @@ def cocluster(
         value = 0.0
         for layer in range(layers):
             rank_LE[layer], reached = place_experts(
-                gain_LGE[layer], pairs_LEE[layer], load_LE[layer], load_cap=load_cap
+                gain_LGE[layer],
+                pairs_LEE[layer],
+                load_LE[layer],
+                load_cap=load_cap,
+                router_groups=router_groups,
             )
             value += reached / layers
         rank_N = choose_ranks(_on_ranks(stacked, rank_LE, ep_size) / weight[:, None], weight)
@@ -77,7 +84,12 @@ def cocluster(
 
 
 def place_experts(
-    gain_GE: np.ndarray, pairs_EE: np.ndarray, load_E: np.ndarray, *, load_cap: float
+    gain_GE: np.ndarray,
+    pairs_EE: np.ndarray,
+    load_E: np.ndarray,
+    *,
+    load_cap: float,
+    router_groups: int = 1,
 ) -> tuple[np.ndarray, float]:
     """Place experts for given rows: linear assignment, then best swaps for pairs and load.
 
@@ -86,14 +98,19 @@ def place_experts(
         pairs_EE: [E, E] share saved when two experts share a rank, symmetric.
         load_E: [E] load of an expert over the mean load of a rank.
         load_cap: Load of a rank from which the penalty counts.
+        router_groups: See `cocluster`.
 
     Returns:
         [E] ranks, E / G on each, and their value.
     """
     ranks, experts = gain_GE.shape
     pairs = pairs_EE - np.diag(np.diag(pairs_EE))
-    rank_E = assign_experts(gain_GE)
+    rank_E = (
+        assign_experts(gain_GE) if router_groups == 1 else assign_in_groups(gain_GE, router_groups)
+    )
     index = np.arange(experts)
+    group_E = index * router_groups // experts
+    fixed = group_E[:, None] != group_E
     onto = np.eye(ranks)[rank_E]
     near_EG = pairs @ onto
     rank_load = load_E @ onto
@@ -106,7 +123,7 @@ def place_experts(
         after = _excess(rank_load[rank_E][:, None] + moved, load_cap)
         now = _excess(rank_load, load_cap)[rank_E]
         change -= LOAD_PENALTY / ranks * (after + after.T - now[:, None] - now)
-        change[rank_E[:, None] == rank_E] = 0.0
+        change[fixed | (rank_E[:, None] == rank_E)] = 0.0
         chosen = _independent_swaps(change, rank_E, ranks)
         if not chosen:
             break

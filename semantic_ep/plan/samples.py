@@ -35,7 +35,7 @@ class LayerSample:
 
     Attributes:
         expected_NE: Expected activations.
-        active_NE: Whether a token does activate an expert, or None.
+        active_NE: Whether a token does activate an expert (how many of several merged), or None.
         pairs_EE: See `saving_by_pairs`.
         load_E: Activations of each expert in the profile.
         top_k: Experts a token activates (K).
@@ -48,6 +48,22 @@ class LayerSample:
     load_E: np.ndarray
     top_k: int
     batches: int
+
+    def merged(self, groups: int) -> LayerSample:
+        """Return the sample with each group of neighbouring experts as one: they move together."""
+
+        def summed(array: np.ndarray) -> np.ndarray:
+            return np.asarray(array.reshape(*array.shape[:-1], groups, -1).sum(axis=-1))
+
+        pairs = summed(summed(self.pairs_EE).T)
+        np.fill_diagonal(pairs, 0.0)
+        return dataclasses.replace(
+            self,
+            expected_NE=summed(self.expected_NE),
+            active_NE=None if self.active_NE is None else summed(self.active_NE),
+            pairs_EE=pairs,
+            load_E=summed(self.load_E),
+        )
 
     def part(self, tokens: np.ndarray, experts: np.ndarray) -> LayerSample:
         """Return the sample of some tokens and experts: one node's problem."""

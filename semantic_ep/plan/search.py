@@ -36,6 +36,7 @@ class SwapSearch:
         batches: int,
         load_cap: float,
         pairs_EE: np.ndarray | None = None,
+        router_groups: int = 1,
     ) -> None:
         """Take the sample.
 
@@ -50,9 +51,11 @@ class SwapSearch:
             load_cap: Expert load a rank, over the mean, from which the penalty counts.
             pairs_EE: Without `active_NE`: distinct ranks that a token saves when two experts
                 share a rank (see `saving_by_pairs`).
+            router_groups: Blocks of neighbouring ranks that no expert leaves; divides G.
         """
         assert (active_NE is None) != (pairs_EE is None)
         self.ranks, self.top_k, self.load_cap = ep_size, top_k, load_cap
+        self.blocks = router_groups
         tokens, experts = expected_NE.shape
         self.shape = (batches, tokens // batches)
         self.gain = np.ascontiguousarray(expected_NE.T, dtype=np.float32) / np.float32(top_k)
@@ -96,7 +99,10 @@ class SwapSearch:
         return best, best_value
 
     def _step(self, rng: np.random.Generator, temperature: float) -> bool:
-        here, there = rng.choice(self.ranks, 2, replace=False)
+        block = self.ranks // self.blocks
+        here, there = rng.choice(block, 2, replace=False)
+        if self.blocks > 1:
+            here, there = block * rng.integers(self.blocks) + np.array([here, there])
         ours = _some(rng, np.flatnonzero(self.rank == here))
         theirs = _some(rng, np.flatnonzero(self.rank == there))
         change = self._changes(here, there, ours, theirs)

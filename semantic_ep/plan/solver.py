@@ -19,10 +19,10 @@ import numpy as np
 from scipy import sparse
 
 from semantic_ep.observe.profile import RoutingProfile
-from semantic_ep.plan.baselines.simple import greedy_load_placement
 from semantic_ep.plan.coclustering import choose_ranks, cocluster
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import register
+from semantic_ep.plan.router_groups import balanced_ranks, check_router_groups, nested
 from semantic_ep.plan.samples import Evidence, LayerSample, sample_layer
 from semantic_ep.plan.search import SwapSearch, saving_by_pairs
 from semantic_ep.topology import Topology
@@ -55,6 +55,7 @@ class SemanticPolicy:
         max_load: Expert load a rank, over the mean, to keep below on other requests; see
             `load_cap`.
         evidence: Raw trace and predictor, when there are any; for mode "tokens".
+        router_groups: Router groups to keep whole (see `router_groups`); 1 keeps none.
     """
 
     mode: Mode = "tokens"
@@ -63,6 +64,7 @@ class SemanticPolicy:
     steps: int = 500
     max_load: float = 1.15
     evidence: Evidence | None = None
+    router_groups: int = 1
 
     @property
     def name(self) -> str:
@@ -84,6 +86,9 @@ class SemanticPolicy:
         contiguous = Placement.contiguous(
             num_layers=layers, num_experts=fingerprint.num_experts, ep_size=ep_size
         )
+        check_router_groups(
+            self.router_groups, num_experts=fingerprint.num_experts, ep_size=ep_size
+        )
         if ep_size == 1:
             return contiguous
         started = time.monotonic()
@@ -93,7 +98,7 @@ class SemanticPolicy:
             return Placement.from_rank_of_expert(ranks, ep_size=ep_size)
         cap = load_cap(profile, ep_size=ep_size, allowed=self.max_load, seed=seed)
         ranks = contiguous.rank_of_expert.astype(np.int64)
-        balanced = greedy_load_placement(profile.load, ep_size=ep_size).rank_of_expert
+        balanced = balanced_ranks(profile.load, ep_size=ep_size, num_groups=self.router_groups)
         try:
             for layer in range(layers):
                 deadline = None
@@ -120,12 +125,13 @@ class SemanticPolicy:
     ) -> np.ndarray:
         """[E] ranks for one layer; nodes first where there are several of equal size."""
         rng = np.random.default_rng(seed)
-        per_node = _equal_nodes(topology, ep_size)
+        groups = self.router_groups
+        per_node = _equal_nodes(topology, ep_size, groups)
         if per_node is None:
-            return self._place_flat(sample, known, cap, ep_size, rng, deadline)
+            return self._place_flat(sample, known, cap, ep_size, rng, deadline, groups)
         nodes = ep_size // per_node
         on_nodes = [rank_E // per_node for rank_E in known]
-        node_E = self._place_flat(sample, on_nodes, cap, nodes, rng, deadline)
+        node_E = self._place_flat(sample, on_nodes, cap, nodes, rng, deadline, groups)
         scores = sample.expected_NE @ np.eye(nodes, dtype=np.float32)[node_E]
         home = choose_ranks(scores, np.ones(len(scores)))
         rank_E = np.empty(len(node_E), dtype=np.int64)
@@ -135,7 +141,8 @@ class SemanticPolicy:
             part = sample.part(tokens, experts)
             start = np.arange(len(experts)) * per_node // len(experts)
             inner = dataclasses.replace(self, starts=1, searches=1, steps=self.steps // 4)
-            local = inner._place_flat(part, [start], cap, per_node, rng, deadline)
+            own_groups = max(groups // nodes, 1)
+            local = inner._place_flat(part, [start], cap, per_node, rng, deadline, own_groups)
             rank_E[experts] = node * per_node + local
         return rank_E
 
@@ -147,9 +154,15 @@ class SemanticPolicy:
         ep_size: int,
         rng: np.random.Generator,
         deadline: float | None,
+        groups: int,
     ) -> np.ndarray:
         """[E] ranks: the best of the known placements and our own starts, improved by swaps."""
         experts = len(sample.load_E)
+        if groups > 1 and ep_size <= groups:  # whole groups move
+            size = experts // groups
+            first = [rank_E[::size] for rank_E in known]
+            merged = sample.merged(groups)
+            return np.repeat(self._place_flat(merged, first, cap, ep_size, rng, deadline, 1), size)
         if experts == ep_size or len(sample.expected_NE) < 2 * ep_size:
             return known[0]
         effort = min(1.0, _FULL_EFFORT_EXPERTS / experts)
@@ -165,6 +178,7 @@ class SemanticPolicy:
                 pairs_LEE=sample.pairs_EE[None] / sample.top_k,
                 load_cap=cap,
                 deadline=deadline,
+                router_groups=groups,
             )
             starts.append(ranks[0])
             if deadline is not None and time.monotonic() > deadline:
@@ -178,6 +192,7 @@ class SemanticPolicy:
             batches=sample.batches,
             load_cap=cap,
             pairs_EE=sample.pairs_EE if sample.active_NE is None else None,
+            router_groups=groups,
         )
         # Where a search begins matters more than how long it goes on: several short ones.
         best, best_value = known[0], -np.inf
@@ -215,17 +230,19 @@ class SemanticPolicy:
         ]
         cap = load_cap(profile, ep_size=ep_size, allowed=self.max_load, seed=seed)
         rows = _RequestRows(tables=tables, weight=weight, pairs_LEE=np.stack(pairs))
-        per_node = _equal_nodes(topology, ep_size)
+        groups = self.router_groups
+        per_node = _equal_nodes(topology, ep_size, groups)
         if per_node is None:
-            return self._cluster_requests(rows, cap, ep_size, rng, deadline)
+            return self._cluster_requests(rows, cap, ep_size, rng, deadline, groups)
         nodes = ep_size // per_node
-        node_LE = self._cluster_requests(rows, cap, nodes, rng, deadline)
+        node_LE = self._cluster_requests(rows, cap, nodes, rng, deadline, groups)
         home = choose_ranks(rows.on_ranks(node_LE, nodes) / weight[:, None], weight)
         rank_LE = np.empty((layers, experts), dtype=np.int64)
         for node in range(nodes):
             columns = np.stack([np.flatnonzero(row == node) for row in node_LE])
             part = rows.part(np.flatnonzero(home == node), columns)
-            inner = self._cluster_requests(part, cap, per_node, rng, deadline)
+            own_groups = max(groups // nodes, 1)
+            inner = self._cluster_requests(part, cap, per_node, rng, deadline, own_groups)
             np.put_along_axis(rank_LE, columns, node * per_node + inner, axis=1)
         return rank_LE
 
@@ -236,9 +253,13 @@ class SemanticPolicy:
         ep_size: int,
         rng: np.random.Generator,
         deadline: float | None,
+        groups: int,
     ) -> np.ndarray:
         """[L, E] ranks: the best clustering of several starts, contiguous placement among them."""
         layers, experts = rows.pairs_LEE.shape[:2]
+        if groups > 1 and ep_size <= groups:  # whole groups move
+            merged = self._cluster_requests(rows.merged(groups), cap, ep_size, rng, deadline, 1)
+            return np.repeat(merged, experts // groups, axis=1)
         contiguous = np.tile(np.arange(experts) * ep_size // experts, (layers, 1))
         best, best_value = contiguous, -np.inf
         if experts == ep_size or len(rows.weight) < ep_size:
@@ -255,6 +276,7 @@ class SemanticPolicy:
                     load_cap=cap,
                     first=contiguous if start == 0 else None,
                     deadline=deadline,
+                    router_groups=groups,
                 )
                 if value > best_value:
                     best, best_value = ranks, value
@@ -283,6 +305,19 @@ class _RequestRows:
         """[N, G] activations of each row on each rank, over all layers."""
         parts = [table @ np.eye(ep_size)[rank_E] for table, rank_E in zip(self.tables, rank_LE)]
         return np.asarray(sum(parts))
+
+    def merged(self, groups: int) -> _RequestRows:
+        """Return the rows with each group of neighbouring experts as one: they move together."""
+        layers, experts = self.pairs_LEE.shape[:2]
+        group_E = np.arange(experts) * groups // experts
+        onto = sparse.csr_array(np.eye(groups)[group_E])
+        size = experts // groups
+        pairs = self.pairs_LEE.reshape(layers, groups, size, groups, size).sum(axis=(2, 4))
+        return _RequestRows(
+            tables=[sparse.csr_array(table @ onto) for table in self.tables],
+            weight=self.weight,
+            pairs_LEE=pairs * (1 - np.eye(groups)),
+        )
 
     def part(self, rows: np.ndarray, expert_LE: np.ndarray) -> _RequestRows:
         """Return some rows, and some experts of each layer: one node's problem."""
@@ -330,9 +365,14 @@ def load_cap(profile: RoutingProfile, *, ep_size: int, allowed: float, seed: int
     return float(np.clip(allowed / (1 + np.mean(growth) / 2), 1.02, allowed))
 
 
-def _equal_nodes(topology: Topology | None, ep_size: int) -> int | None:
-    """Ranks a node when there are several nodes with equally many adjacent ranks, else None."""
+def _equal_nodes(topology: Topology | None, ep_size: int, router_groups: int) -> int | None:
+    """Ranks a node when several equal nodes of adjacent ranks can be planned first, else None.
+
+    Nodes and router groups must be nested: one node of whole groups, or one group of whole nodes.
+    """
     if topology is None or topology.num_nodes == 1 or topology.num_nodes == ep_size:
+        return None
+    if not nested(topology.num_nodes, router_groups):
         return None
     per_node = ep_size // topology.num_nodes
     adjacent = np.arange(ep_size) // per_node
