@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import warnings
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 VOCAB, SEQUENCE, BATCH, EXPERTS, LAYERS, TOP_K = 96, 16, 3, 8, 2, 2
 
@@ -121,3 +123,87 @@ def batch(step, rank):
         "attention_mask": mask,
         "labels": tokens[:, 1:].contiguous(),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A model with Megatron's own gradient buffers, optimizer and schedule."""
+
+    model: object
+    optimizer: object
+    schedule: object
+
+    @classmethod
+    def build(cls, config, rows=None, *, distributed_optimizer=False):
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        wrapped = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
+            model(config, rows),
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=3e-3,
+            weight_decay=0.01,
+            clip_grad=1.0,
+            use_distributed_optimizer=distributed_optimizer,
+        )
+        optimizer = get_megatron_optimizer(settings, [wrapped])
+        return cls(wrapped, optimizer, get_forward_backward_func())
+
+    def step(self, batches):
+        """One optimizer step over micro-batches; returns their losses."""
+
+        def forward(iterator, model):
+            return model(**next(iterator)), lambda loss: (loss.mean(), {"loss": loss.mean().item()})
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self.schedule(
+            forward_step_func=forward,
+            data_iterator=iter(batches),
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=SEQUENCE,
+            micro_batch_size=BATCH,
+            forward_only=False,
+        )
+        self.optimizer.step()
+        return [result["loss"] for result in results]
+
+    def state(self, *, loading):
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+        }
+        model = self.model.module.sharded_state_dict(metadata=metadata)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        return {"model": model, "optimizer": optimizer}
+
+    def save(self, directory):
+        from megatron.core import dist_checkpointing
+
+        if dist.get_rank() == 0:
+            directory.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(self.state(loading=False), str(directory))
+        dist.barrier()
+
+    def load(self, directory, *, optimizer=True):
+        from megatron.core import dist_checkpointing
+
+        state = self.state(loading=True)
+        if not optimizer:
+            del state["optimizer"]
+        state = dist_checkpointing.load(state, str(directory))
+        self.model.module.load_state_dict(state["model"])
+        if optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])

@@ -1,6 +1,5 @@
 """Megatron-core on two gloo ranks: exact observation, and placements that change no number."""
 
-import dataclasses
 import functools
 
 import numpy as np
@@ -12,94 +11,11 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 from tests.distributed import megatron_tiny as tiny
 from tests.distributed.launcher import run_ranks
+from tests.distributed.megatron_tiny import Trainer
 
 pytestmark = pytest.mark.distributed
 
 ROWS = np.stack([np.random.default_rng(layer).permutation(tiny.EXPERTS) for layer in range(2)])
-
-
-@dataclasses.dataclass(frozen=True)
-class Trainer:
-    """A model with Megatron's own gradient buffers, optimizer and schedule."""
-
-    model: object
-    optimizer: object
-    schedule: object
-
-    @classmethod
-    def build(cls, config, rows=None, *, distributed_optimizer=False):
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        model = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
-            tiny.model(config, rows),
-        )
-        config.finalize_model_grads_func = finalize_model_grads
-        settings = OptimizerConfig(
-            optimizer="adam",
-            lr=3e-3,
-            weight_decay=0.01,
-            clip_grad=1.0,
-            use_distributed_optimizer=distributed_optimizer,
-        )
-        optimizer = get_megatron_optimizer(settings, [model])
-        return cls(model, optimizer, get_forward_backward_func())
-
-    def step(self, batches):
-        """One optimizer step over micro-batches; returns their losses."""
-
-        def forward(iterator, model):
-            return model(**next(iterator)), lambda loss: (loss.mean(), {"loss": loss.mean().item()})
-
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        results = self.schedule(
-            forward_step_func=forward,
-            data_iterator=iter(batches),
-            model=self.model,
-            num_microbatches=len(batches),
-            seq_length=tiny.SEQUENCE,
-            micro_batch_size=tiny.BATCH,
-            forward_only=False,
-        )
-        self.optimizer.step()
-        return [result["loss"] for result in results]
-
-    def state(self, *, loading):
-        metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": True,
-        }
-        model = self.model.module.sharded_state_dict(metadata=metadata)
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer}
-
-    def save(self, directory):
-        from megatron.core import dist_checkpointing
-
-        if dist.get_rank() == 0:
-            directory.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(self.state(loading=False), str(directory))
-        dist.barrier()
-
-    def load(self, directory, *, optimizer=True):
-        from megatron.core import dist_checkpointing
-
-        state = self.state(loading=True)
-        if not optimizer:
-            del state["optimizer"]
-        state = dist_checkpointing.load(state, str(directory))
-        self.model.module.load_state_dict(state["model"])
-        if optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])
 
 
 def _losses(trainer, rank, steps):
