@@ -47,18 +47,28 @@ class Advice:
     reason: str
 
 
-def measure_drift(planned_on: RoutingProfile, fresh: RoutingProfile) -> Drift:
+def measure_drift(
+    planned_on: RoutingProfile, fresh: RoutingProfile, *, included: float = 0.0
+) -> Drift:
     """Compare two profiles of one model.
+
+    Args:
+        planned_on: The older one.
+        fresh: The newer one.
+        included: Weight with which the older counts are part of the newer profile, as where one
+            recorder went on counting: 1, or less with decay. They are taken out.
 
     Raises:
         FingerprintError: They are of different models.
     """
     planned_on.fingerprint.check(fresh.fingerprint, what="the fresh profile", allow_retrained=True)
-    loads = [_shares(profile.load) for profile in (planned_on, fresh)]
+    fresh_load = np.maximum(fresh.load - included * planned_on.load, 0)
+    loads = [_shares(load) for load in (planned_on.load, fresh_load)]
     vocab = max(planned_on.vocab_size, fresh.vocab_size)
     seen = np.zeros((2, vocab))
     seen[0, : planned_on.vocab_size] = planned_on.token_count
     seen[1, : fresh.vocab_size] = fresh.token_count
+    seen[1] = np.maximum(seen[1] - included * seen[0], 0)
     frequency = _shares(seen)
     return Drift(
         load_distance=np.abs(loads[0] - loads[1]).sum(axis=1) / 2,
