@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="JSON",
-        help="the model's config.json: its MoE layers, experts and router groups",
+        help="the model's config.json: its MoE layers, experts and top-k",
     )
     parser.add_argument(
         "--layer-ids",
@@ -82,10 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, write, say what to do next."""
+    from semantic_ep.apply.checkpoint.reader import read_shape
     from semantic_ep.cli import EXIT_OK
     from semantic_ep.observe.profile import RoutingProfile
 
-    shape = None if args.config is None else _shape(args.config)
+    shape = None if args.config is None else read_shape(args.config)
     _check_flags(args, shape)
     written: dict[Path, RoutingTrace | RoutingProfile] = {}
     if args.format == LOADS:
@@ -145,15 +146,6 @@ def parse_layer_ids(text: str) -> tuple[int, ...]:
             )
         layers += range(int(first), int(last or first) + 1)
     return tuple(layers)
-
-
-def _shape(config: Path) -> MoEShape:
-    """MoE layers, experts and router groups of the model."""
-    from semantic_ep.apply.checkpoint.reader import CONFIG, read_json
-    from semantic_ep.apply.families import family_of
-
-    content = read_json(config / CONFIG if config.is_dir() else config)
-    return family_of(content).shape(content)
 
 
 def _check_model(found: ModelFingerprint, shape: MoEShape, args: argparse.Namespace) -> None:

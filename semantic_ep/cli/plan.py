@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
     from semantic_ep.plan.placement import Placement
     from semantic_ep.plan.plan import Plan
     from semantic_ep.topology import Topology
-
-COMPARED = ("contiguous", "random", "eplb")
-CURRENT = "current"  # row of the placement in force
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="slots beyond one an expert, over all ranks, for copies of experts (default: 0)",
+    )
+    parser.add_argument(
+        "--router-groups",
+        default="1",
+        metavar="N|JSON",
+        help="groups that a group-limited router picks from, or the model's config.json: plan for "
+        "a permuted checkpoint, which must keep them whole (default: 1, no such limit)",
     )
     parser.add_argument(
         "--current",
@@ -99,12 +102,14 @@ def add_topology_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Solve, judge, print, write."""
     from semantic_ep.cli import EXIT_NO, EXIT_OK
+    from semantic_ep.cli.placements import CURRENT, place_all, router_groups
     from semantic_ep.observe.profile import RoutingProfile
     from semantic_ep.observe.traces import RoutingTrace
     from semantic_ep.plan.plan import Plan
     from semantic_ep.plan.schedule import Schedule
     from semantic_ep.plan.verdict import verdict
 
+    groups = router_groups(args)
     profile = RoutingProfile.read(args.profile)
     held_out = _holdout(args)
     holdout = RoutingTrace.load(held_out)
@@ -112,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     _check_affinity(profile, args)
     topology = topology_of(args, args.ep_size)
     current = _current(args, profile)
-    chosen, placements, seconds = _place_all(args, profile, current, topology)
+    chosen, placements, seconds = place_all(args, profile, current, topology, groups)
     account = verdict(
         placements,
         chosen=chosen,
@@ -145,73 +150,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(account, plan, result)
     return EXIT_OK if account["worth_it"] else EXIT_NO
-
-
-def _place_all(
-    args: argparse.Namespace, profile: RoutingProfile, current: Plan | None, topology: Topology
-) -> tuple[str, dict[str, Placement], dict[str, float]]:
-    """Solve for the policy and what it is compared with.
-
-    Returns:
-        Name of the chosen placement; placements by name, the chosen one last; seconds by name.
-    """
-    from semantic_ep.plan.moving import relabel_ranks
-    from semantic_ep.plan.policies import policy
-    from semantic_ep.plan.replicas import add_replicas
-
-    spare = _spare_slots(args, profile)
-    placements: dict[str, Placement] = {}
-    seconds: dict[str, float] = {}
-    for name in [name for name in COMPARED if name != args.policy] + [args.policy]:
-        started = time.perf_counter()
-        requests = name == "semantic" and args.mode == "requests"
-        placements[name] = policy("semantic-requests" if requests else name).place(
-            profile,
-            ep_size=args.ep_size,
-            seed=args.seed,
-            time_limit=args.time_limit,
-            topology=topology,
-        )
-        seconds[name] = time.perf_counter() - started
-    chosen = args.policy
-    wanted = placements[chosen]
-    if spare:
-        started = time.perf_counter()
-        wanted = add_replicas(wanted, profile, slots_per_rank=spare, topology=topology)
-        chosen = f"{args.policy}+replicas"
-        seconds[chosen] = seconds[args.policy] + time.perf_counter() - started
-    if current is not None:
-        placements[CURRENT] = current.placement
-        shared = args.mode == "requests"
-        wanted = relabel_ranks(wanted, current.placement, shared_ranks=shared, topology=topology)
-    placements.pop(chosen, None)  # the chosen one goes last
-    return chosen, {**placements, chosen: wanted}, seconds
-
-
-def _spare_slots(args: argparse.Namespace, profile: RoutingProfile) -> int:
-    """Spare slots of each rank."""
-    from semantic_ep.errors import ConfigError, explain
-
-    total, ranks = args.redundant_slots, args.ep_size
-    if total < 0 or total % ranks:
-        raise ConfigError(
-            explain(
-                "ranks must have equally many spare slots",
-                where="--redundant-slots",
-                got=total,
-                allowed=f"multiples of --ep-size {ranks}: 0, {ranks}, {2 * ranks}, ...",
-            )
-        )
-    if total and not profile.token_count.any():
-        raise ConfigError(
-            explain(
-                "copies are chosen by where tokens run, and the profile knows no token ids",
-                where="--redundant-slots",
-                got=total,
-                do="Record token ids, or plan without spare slots",
-            )
-        )
-    return int(total // ranks)
 
 
 def _current(args: argparse.Namespace, profile: RoutingProfile) -> Plan | None:

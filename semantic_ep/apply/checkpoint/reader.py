@@ -251,6 +251,19 @@ def reading(file: Path) -> Iterator[None]:
         ) from error
 
 
+def read_shape(config: Path) -> MoEShape:
+    """MoE layers, experts and router groups of a model.
+
+    Args:
+        config: Its config.json, or the directory that holds it.
+
+    Raises:
+        CheckpointError: The file is unreadable, or of an unknown family.
+    """
+    content = read_json(config / CONFIG if config.is_dir() else config)
+    return family_of(content).shape(content)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint; `CheckpointError` if the file does not hold one."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -12,16 +13,18 @@ from hypothesis import strategies as st
 
 from semantic_ep.apply.families import RouterGroups
 from semantic_ep.apply.layout import Layout
+from semantic_ep.cli import main
 from semantic_ep.errors import PlacementError
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.assignment import assign_in_groups
 from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.samples import sample_layer
 from semantic_ep.plan.search import SwapSearch
 from semantic_ep.plan.solver import SemanticPolicy, load_cap
 from semantic_ep.plan.verdict import home_ranks
 from semantic_ep.topology import Topology
-from tests.unit.plan.synthetic import random_trace
+from tests.unit.plan.synthetic import planted_trace, random_trace
 
 FAST = SemanticPolicy(starts=2, searches=2, steps=80)
 # (router groups, EP ranks, nodes) for 16 experts, every way in which they can be nested.
@@ -150,3 +153,45 @@ def test_groups_that_no_block_of_ranks_can_hold_are_refused(groups, ranks):
     policy = dataclasses.replace(FAST, router_groups=groups)
     with pytest.raises(PlacementError, match="--router-groups"):
         policy.place(RoutingProfile.from_trace(trace), ep_size=ranks)
+
+
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+}
+
+
+@pytest.fixture
+def plan_command(tmp_path):
+    RoutingProfile.from_trace(planted_trace(seed=1)).save(tmp_path / "profile")
+    planted_trace(seed=2).save(tmp_path / "holdout")
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK))
+    command = ["plan", "--profile", str(tmp_path / "profile"), "--ep-size", "4", "--json"]
+    return [*command, "-o", str(tmp_path / "plan")]
+
+
+def test_the_command_reads_the_groups_from_the_models_config(tmp_path, plan_command, capsys):
+    code = main([*plan_command, "--router-groups", str(tmp_path / "config.json")])
+    account = json.loads(capsys.readouterr().out)["verdict"]
+    assert code == (0 if account["worth_it"] else 1)
+    plan = Plan.read(tmp_path / "plan")
+    check_legal(plan.placement, plan.fingerprint, 4)
+    assert {row["policy"] for row in account["policies"]} == {"contiguous", "semantic"}
+    main(plan_command)
+    free = Plan.read(tmp_path / "plan")
+    with pytest.raises(PlacementError, match="--router-groups 4"):
+        check_legal(free.placement, free.fingerprint, 4)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--policy", "eplb"], ["--redundant-slots", "4"], ["--current", "plan"]]
+)
+def test_what_cannot_keep_router_groups_is_refused(tmp_path, plan_command, flags, capsys):
+    assert main([*plan_command, "--router-groups", "4", *flags]) == 2
+    assert flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "plan").exists()
