@@ -116,7 +116,7 @@ def rebalance_experts(
             not cap, and then wastes slots on copies that share a rank.
 
     Raises:
-        PlacementError: The counts do not divide.
+        PlacementError: The counts do not divide, or capped copies cannot fill the slots.
     """
     load = np.asarray(load, dtype=np.float64)
     layers, experts = load.shape
@@ -125,6 +125,16 @@ def rebalance_experts(
     _check_counts(experts, num_slots, ep_size, num_groups, num_nodes)
     group_size, node_experts = experts // num_groups, experts // num_nodes
     node_slots, node_ranks = num_slots // num_nodes, ep_size // num_nodes
+    if cap_copies and node_slots > node_experts * node_ranks:
+        raise PlacementError(
+            explain(
+                f"a rank of a node with {node_experts} experts has no use for more slots than that",
+                where="plan.redundant_slots (--redundant-slots)",
+                got=f"{num_slots - experts} slots beyond one an expert",
+                allowed=f"0..{experts * (node_ranks - 1)}: a copy of every expert of the node on "
+                f"each of its {node_ranks} ranks",
+            )
+        )
 
     # Step 1: groups to nodes. `gathered` lists the logical experts node by node.
     group_load = load.reshape(layers, num_groups, group_size).sum(axis=2)
@@ -176,6 +186,10 @@ def eplb_placement(
         redundant_slots: Slots beyond E, over all ranks.
         num_groups: Groups of consecutive experts that the router limits itself to.
         num_nodes: Nodes that the ranks are spread over.
+
+    Raises:
+        PlacementError: The counts do not divide, or there are more slots than copies to fill them
+            with, one of an expert on a rank.
     """
     experts = load.shape[1]
     if num_groups % num_nodes:

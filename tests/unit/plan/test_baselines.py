@@ -106,6 +106,19 @@ def test_separation_ends_with_distinct_experts_and_keeps_the_copies(seed, shape)
         assert len(set(rank)) == room
 
 
+@pytest.mark.parametrize(("nodes", "most"), [(1, 12), (2, 4)])
+def test_copies_of_one_expert_are_as_many_as_ranks_at_most(nodes, most):
+    """One hot expert asks for every spare slot, and gets one on each rank of its node."""
+    load = np.array([[1000.0, 1, 1, 1]])
+    for spare in range(0, most + 1, 4):
+        placement = eplb_placement(load, ep_size=4, redundant_slots=spare, num_groups=nodes,
+                                   num_nodes=nodes)  # fmt: skip
+        assert placement.logical_count[0, 0] == (1 if spare == 0 else 4 // nodes)
+    with pytest.raises(PlacementError, match=rf"Allowed: 0\.\.{most}"):
+        eplb_placement(load, ep_size=4, redundant_slots=most + 4, num_groups=nodes,
+                       num_nodes=nodes)  # fmt: skip
+
+
 def test_eplb_refuses_counts_that_do_not_divide():
     with pytest.raises(PlacementError, match="num_slots by ep_size"):
         rebalance_experts(GOLDEN_LOAD, 15, ep_size=8)
