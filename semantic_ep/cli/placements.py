@@ -40,7 +40,7 @@ def place_all(
         Name of the chosen placement; placements by name, the chosen one last; seconds by name.
     """
     from semantic_ep.plan.moving import relabel_ranks
-    from semantic_ep.plan.replicas import add_replicas
+    from semantic_ep.plan.replicas import REQUESTS_SCHEDULED, TOKENS_SCHEDULED, add_replicas
     from semantic_ep.plan.router_groups import check_router_groups
 
     spare = _spare_slots(args, profile)
@@ -64,7 +64,13 @@ def place_all(
     wanted = placements[chosen]
     if spare:
         started = time.perf_counter()
-        wanted = add_replicas(wanted, profile, slots_per_rank=spare, topology=topology)
+        wanted = add_replicas(
+            wanted,
+            profile,
+            slots_per_rank=spare,
+            topology=topology,
+            scheduled=REQUESTS_SCHEDULED if args.mode == "requests" else TOKENS_SCHEDULED,
+        )
         chosen = f"{args.policy}+replicas"
         seconds[chosen] = seconds[args.policy] + time.perf_counter() - started
     if current is not None:

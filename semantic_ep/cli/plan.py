@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         workload=_workload(args),
         in_force="contiguous" if current is None else CURRENT,
         horizon_tokens=args.horizon_tokens,
+        without_copies=args.policy if args.redundant_slots else None,
     )
     for row in account["policies"]:
         row["solve_seconds"] = seconds.get(row["policy"], 0.0)
@@ -289,5 +290,7 @@ def _print(account: dict[str, Any], plan: Any, result: dict[str, Any]) -> None:
         )
     if account["effect"] is not None:
         console.print(account["effect"]["summary"])
+    if account["copies"] is not None:
+        console.print(account["copies"]["summary"])
     console.print(account["summary"])
     console.print(f"written to {result['output']}" if result["output"] else "dry run: not written")

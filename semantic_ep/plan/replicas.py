@@ -1,9 +1,11 @@
 """Spare slots: second copies of experts, where they save most traffic and level most load.
 
-A copy on rank r serves the tokens whose home is r. What it saves there is the remote rows that have
-no other reason: a token still needs the other rank if another of its experts is only there. Slots
-are filled one at a time with the copy of largest marginal gain, so a later copy counts on the
-earlier ones. `semantic_ep.plan.balance` is the method for expert load alone, without traffic.
+A copy on rank r serves the tokens whose home is r, and some of those of ranks without one: the
+runtimes spread ranks over copies (`cost.nearest_copy`). At home it saves the remote rows that have
+no other reason, since a token still needs the other rank if another of its experts is only there;
+elsewhere it can cost rows, because an expert is now served apart from those it is used with. Both
+are counted. Slots are filled one at a time with the copy of largest marginal gain, so a later copy
+counts on the earlier ones. `semantic_ep.plan.balance` is the method for load alone.
 """
 
 from __future__ import annotations
@@ -19,6 +21,11 @@ from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import PlacementPolicy
 from semantic_ep.plan.schedule import rank_shares
 from semantic_ep.topology import Topology
+
+# Shares of tokens that run where most of their experts are. Whole requests go by all their tokens
+# and all layers at once: on real traces, half models them better than all or none.
+TOKENS_SCHEDULED = 1.0
+REQUESTS_SCHEDULED = 0.5
 
 # Probabilities stop short of 1, so that a factor can be divided out of a product again.
 _ALMOST_ONE = 1 - 1e-6
@@ -36,7 +43,7 @@ class WithReplicas:
 
     policy: PlacementPolicy
     slots_per_rank: int
-    scheduled: bool = True
+    scheduled: float = TOKENS_SCHEDULED
 
     @property
     def name(self) -> str:
@@ -71,7 +78,7 @@ def add_replicas(
     *,
     slots_per_rank: int,
     topology: Topology | None = None,
-    scheduled: bool = True,
+    scheduled: float = TOKENS_SCHEDULED,
     load_weight: float = 0.1,
 ) -> Placement:
     """Fill spare slots on every rank with copies of experts that are elsewhere.
@@ -81,8 +88,9 @@ def add_replicas(
         profile: Routing counts to plan on.
         slots_per_rank: Spare slots a rank gets in each layer.
         topology: Nodes of the ranks; a copy on the home's node is preferred to a farther one.
-        scheduled: Whether tokens run on the rank with most of their expected activations; without,
-            every rank is taken to have the same mix of tokens.
+        scheduled: Share of each token id's occurrences that run on the rank with most of its
+            expected activations; all ranks get the same mix of the others. `TOKENS_SCHEDULED`,
+            `REQUESTS_SCHEDULED`, or 0 without a schedule.
         load_weight: What one activation less on the busiest rank is worth, in rows that a rank
             sends. 0 looks at traffic alone; on real traces, 0.1 keeps half of what that saves and
             levels most of what 1 does.
@@ -109,8 +117,8 @@ def add_replicas(
     rows = []
     for layer in range(placement.num_layers):
         home_traffic = _HomeTraffic.of_layer(profile, placement, layer, scheduled=scheduled)
-        held_EG = placement.expert_on_rank[layer].copy()
-        chosen = _fill_slots(home_traffic, held_EG, nodes, slots_per_rank, load_weight)
+        copies = _Copies(home_traffic, placement.expert_on_rank[layer], nodes)
+        chosen = _fill_slots(copies, slots_per_rank, load_weight)
         own = placement.physical_to_logical_map[layer].reshape(ranks, -1)
         rows.append(np.concatenate([own, chosen], axis=1).ravel())
     return Placement(physical_to_logical_map=np.stack(rows), num_experts=experts, ep_size=ranks)
@@ -137,7 +145,7 @@ class _HomeTraffic:
     """One layer's activations, split by home rank.
 
     For each home rank a sparse [rows, E] table of activations and the occurrences of each row: the
-    token ids at home there or, without a schedule, a G-th share of all ids.
+    token ids at home there, and a G-th of what no schedule sends anywhere.
     """
 
     def __init__(self, tables: list[sparse.csr_array], weights: list[np.ndarray]) -> None:
@@ -155,83 +163,122 @@ class _HomeTraffic:
 
     @classmethod
     def of_layer(
-        cls, profile: RoutingProfile, placement: Placement, layer: int, *, scheduled: bool
+        cls, profile: RoutingProfile, placement: Placement, layer: int, *, scheduled: float
     ) -> _HomeTraffic:
         """Split the profile's token ids over the ranks of a placement."""
         ranks = placement.ep_size
         seen = np.flatnonzero(profile.token_count > 0)
         table = sparse.csr_array(profile.token_expert[layer][seen])
         count = profile.token_count[seen]
-        if not scheduled:
-            return cls([table / ranks] * ranks, [count / ranks] * ranks)
         share, _ = rank_shares(profile, placement, layer)
-        home = share[seen].argmax(axis=1)
-        parts = [np.flatnonzero(home == rank) for rank in range(ranks)]
-        return cls(
-            [sparse.csr_array(table[part]) for part in parts], [count[part] for part in parts]
-        )
+        part_VG = np.full((len(seen), ranks), (1 - scheduled) / ranks)
+        part_VG[np.arange(len(seen)), share[seen].argmax(axis=1)] += scheduled
+        tables, weights = [], []
+        for part in part_VG.T:
+            here = np.flatnonzero(part)
+            tables.append(sparse.csr_array(sparse.diags_array(part[here]) @ table[here]))
+            weights.append(count[here] * part[here])
+        return cls(tables, weights)
 
-    def saved_rows(self, home: int, serving_E: np.ndarray) -> np.ndarray:
-        """[E] rows that a copy of each expert on `home` would keep from being sent."""
+    def needed_rows(self, home: int, serving_E: np.ndarray, rank: int) -> np.ndarray:
+        """[E] rows that `home` sends to `rank` for each expert alone, were it served there.
+
+        The other experts are served as `serving_E` says; rows that they need anyway do not count.
+        """
         rows, columns, odds = self._rows[home], self._columns[home], self._odds[home]
-        ranks = len(self.weights)
-        cell = rows * ranks + serving_E[columns]
-        size = len(self.weights[home]) * ranks
-        log_unused = np.bincount(cell, weights=np.log1p(-odds), minlength=size)
-        # Needed for this expert, and for no other expert on the rank that serves it.
-        alone = odds / (1 - odds) * np.exp(log_unused[cell])
-        saved = np.bincount(
-            columns, weights=alone * self.weights[home][rows], minlength=len(serving_E)
+        weight = self.weights[home]
+        if rank == home:
+            return np.zeros(len(serving_E))
+        here = serving_E[columns] == rank
+        unused = np.exp(
+            np.bincount(rows[here], weights=np.log1p(-odds[here]), minlength=len(weight))
         )
-        return np.where(serving_E == home, 0.0, saved)
+        alone = odds * (unused * weight)[rows]
+        alone[here] /= 1 - odds[here]
+        return np.bincount(columns, weights=alone, minlength=len(serving_E))
 
 
-def _fill_slots(
-    traffic: _HomeTraffic,
-    held_EG: np.ndarray,
-    nodes: np.ndarray,
-    slots_per_rank: int,
-    load_weight: float,
-) -> np.ndarray:
-    """[G, slots_per_rank] experts copied to each rank; updates `held_EG`."""
-    ranks = held_EG.shape[1]
+class _Copies:
+    """Which rank serves whom with the copies so far, and with one more.
+
+    Attributes:
+        held: [E, G] whether a rank holds an expert.
+        serving: [G, E], see `serving_ranks`.
+    """
+
+    def __init__(self, traffic: _HomeTraffic, held_EG: np.ndarray, nodes: np.ndarray) -> None:
+        self.held, self._traffic, self._nodes = held_EG.copy(), traffic, nodes
+        self.serving = serving_ranks(self.held, nodes)
+        everyone = range(len(nodes))
+        # [G, G, E]: serving ranks, were each expert copied to the first axis' rank too.
+        self._with_copy = np.stack([self._serving_with(rank, slice(None)) for rank in everyone])
+        # [G, E, G]: see `_HomeTraffic.needed_rows`.
+        self._needed = np.stack(
+            [
+                np.stack(
+                    [traffic.needed_rows(home, self.serving[home], rank) for rank in everyone],
+                    axis=1,
+                )
+                for home in everyone
+            ]
+        )
+
+    def saved_rows(self, rank: int) -> np.ndarray:
+        """[E] rows that all ranks together send less after copying each expert to `rank`."""
+        now, then = (
+            np.take_along_axis(self._needed, serving[:, :, None], axis=2)[:, :, 0]
+            for serving in (self.serving, self._with_copy[rank])
+        )
+        return np.asarray((now - then).sum(axis=0))
+
+    def relief(self, rank: int) -> np.ndarray:
+        """[E] activations that the busiest rank loses by copying each expert to `rank`."""
+        before, after = (
+            _work(self._traffic.load_GE, serving, len(self._nodes))
+            for serving in (self.serving, self._with_copy[rank])
+        )
+        total = before.sum(axis=0)
+        return np.asarray(total.max() - (total - before + after).max(axis=1))
+
+    def add(self, expert: int, rank: int) -> None:
+        """Copy an expert to a rank."""
+        self.held[expert, rank] = True
+        before = self.serving[:, expert].copy()
+        self.serving[:, expert] = self._with_copy[rank, :, expert]
+        for home in np.flatnonzero(self.serving[:, expert] != before):
+            for changed in (before[home], self.serving[home, expert]):
+                self._needed[home, :, changed] = self._traffic.needed_rows(
+                    int(home), self.serving[home], int(changed)
+                )
+        for other in range(len(self._nodes)):
+            again = self._serving_with(other, slice(expert, expert + 1))
+            self._with_copy[other, :, expert] = again[:, 0]
+
+    def _serving_with(self, rank: int, experts: slice) -> np.ndarray:
+        held = self.held[experts].copy()
+        held[:, rank] = True
+        return serving_ranks(held, self._nodes)
+
+
+def _fill_slots(copies: _Copies, slots_per_rank: int, load_weight: float) -> np.ndarray:
+    """[G, slots_per_rank] experts copied to each rank."""
+    ranks = copies.held.shape[1]
     chosen = np.full((ranks, slots_per_rank), -1, dtype=np.int64)
-    serving = serving_ranks(held_EG, nodes)
-    saved = np.stack([traffic.saved_rows(home, serving[home]) for home in range(ranks)])
     for filled in range(slots_per_rank):
         waiting = set(range(ranks))
         while waiting:
             gains = {
-                rank: saved[rank] / ranks
-                + load_weight * _relief(traffic.load_GE, held_EG, serving, rank, nodes)
+                rank: copies.saved_rows(rank) / ranks + load_weight * copies.relief(rank)
                 for rank in waiting
             }
             for rank, gain in gains.items():
-                gains[rank] = np.where(held_EG[:, rank], -np.inf, gain)
+                gains[rank] = np.where(copies.held[:, rank], -np.inf, gain)
             rank = max(sorted(waiting), key=lambda candidate: float(gains[candidate].max()))
             expert = int(gains[rank].argmax())
             chosen[rank, filled] = expert
-            held_EG[expert, rank] = True
+            copies.add(expert, rank)
             waiting.remove(rank)
-            updated = serving_ranks(held_EG, nodes)
-            for home in np.flatnonzero((updated != serving).any(axis=1)):
-                saved[home] = traffic.saved_rows(int(home), updated[home])
-            serving = updated
     return chosen
-
-
-def _relief(
-    load_GE: np.ndarray, held_EG: np.ndarray, serving: np.ndarray, rank: int, nodes: np.ndarray
-) -> np.ndarray:
-    """[E] activations that the busiest rank loses by a copy of each expert on `rank`."""
-    more = held_EG.copy()
-    more[:, rank] = True
-    before, after = (
-        _work(load_GE, serving, len(nodes)),
-        _work(load_GE, serving_ranks(more, nodes), len(nodes)),
-    )
-    total = before.sum(axis=0)
-    return np.asarray(total.max() - (total - before + after).max(axis=1))
 
 
 def _work(load_GE: np.ndarray, serving: np.ndarray, ranks: int) -> np.ndarray:

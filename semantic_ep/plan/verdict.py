@@ -155,6 +155,7 @@ def verdict(
     workload: Workload | None = None,
     in_force: str = "contiguous",
     horizon_tokens: float | None = None,
+    without_copies: str | None = None,
 ) -> dict[str, Any]:
     """Judge a plan against other placements on held-out requests.
 
@@ -170,15 +171,17 @@ def verdict(
             one can follow a fresh schedule without moving, so that is what a move must beat.
         horizon_tokens: Tokens expected until routing drifts, within which moving experts must pay
             on the links of the workload; None asks for no such thing.
+        without_copies: The chosen placement before experts were copied; None if none were.
 
     Returns:
         JSON-serialisable account: one row a placement and kind of home rank, the verdict, the
-        interval of the saving over requests, floor and ceiling, and the effect on time.
+        interval of the saving over requests, floor and ceiling, what copies of experts change, and
+        the effect on time.
     """
     rows: list[dict[str, Any]] = []
     homes, costs = [], []
     for name, placement in placements.items():
-        both = name in (chosen, "contiguous", in_force)
+        both = name in (chosen, "contiguous", in_force, without_copies)
         for scheduled in (False, True) if both else (False,):
             home = home_ranks(holdout, placement, profile if scheduled else None, mode)
             cost = evaluate(placement, holdout, home, topology=topology)
@@ -224,9 +227,36 @@ def verdict(
         "saved_interval_95": saving_interval(sent[0], sent[1], holdout),
         "bounds": bounds(placements[chosen], holdout, mode),
         "effect": effect,
+        "copies": None if without_copies is None else _copies(rows, chosen, without_copies),
         "horizon_tokens": horizon_tokens,
         "summary": f"{'worth it' if worth_it else 'not worth it'}: {saved:.1%} fewer remote copies "
         f"than {in_force} placement with home ranks {plain['schedule']}, and "
         f"{straggler_saved:.1%} fewer rows on the busiest rank"
         + ("" if horizon_tokens is None else f", over {horizon_tokens:,.0f} tokens"),
     }
+
+
+def _copies(rows: list[dict[str, Any]], chosen: str, without: str) -> dict[str, Any]:
+    """What copies of experts change: remote copies saved by kind of home rank, and load."""
+    figures = {(row["policy"], row["schedule"]): row for row in rows}
+    saved = {
+        schedule: 1
+        - figures[chosen, schedule]["remote_copies"]
+        / max(figures[without, schedule]["remote_copies"], 1e-12)
+        for schedule in ("by affinity", "in order")
+    }
+    before, after = (
+        figures[name, "by affinity"]["load_max_over_mean"] for name in (without, chosen)
+    )
+    summary = (
+        f"copies of experts: {saved['by affinity']:.1%} fewer remote copies than {without} alone "
+        f"({saved['in order']:.1%} with home ranks in order), load max/mean {before:.2f} -> "
+        f"{after:.2f}"
+    )
+    worse = [schedule for schedule, share in saved.items() if share < 0]
+    if worse:
+        summary += (
+            f"; they RAISE traffic with home ranks {' and '.join(worse)}: plan without spare slots "
+            "there, unless levelling load is what they are for"
+        )
+    return {"remote_copies_saved": saved, "raise_traffic": worse, "summary": summary}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -15,9 +16,9 @@ from semantic_ep.plan.moving import count_moves, rank_names
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
-from semantic_ep.plan.verdict import home_ranks
+from semantic_ep.plan.verdict import home_ranks, verdict
 from semantic_ep.runtime.slots import slot_tables
-from tests.unit.plan.synthetic import planted_trace
+from tests.unit.plan.synthetic import planted_trace, random_trace
 
 RANKS = 4
 SIZES = ["--hidden-size", "1024", "--expert-bytes", "1000000"]
@@ -69,9 +70,39 @@ def test_copies_are_judged_as_the_runtime_serves_them(run_dir, capsys):
     planned = rows["semantic+replicas", "by affinity"]
     assert planned == account["policies"][-1]
     assert planned["remote_copies"] == pytest.approx(copies_sent(trace, made.placement, home))
+    plain = rows["semantic", "by affinity"]
+    saved = account["copies"]["remote_copies_saved"]["by affinity"]
+    assert saved == pytest.approx(1 - planned["remote_copies"] / plain["remote_copies"])
+    assert saved > 0
+    assert account["copies"]["raise_traffic"] == []
     main(plan(run_dir, "plain"))
-    plain = json.loads(capsys.readouterr().out)["verdict"]["policies"][-1]
-    assert planned["remote_copies"] < plain["remote_copies"]
+    alone = json.loads(capsys.readouterr().out)["verdict"]
+    assert alone["copies"] is None
+    assert alone["policies"][-1]["remote_copies"] == plain["remote_copies"]
+
+
+def test_copies_that_raise_traffic_are_said_to():
+    """Every token uses a pair of experts; a copy of one alone parts the pair for other ranks."""
+    single = Placement.contiguous(num_layers=1, num_experts=8, ep_size=RANKS)
+    slots = np.concatenate([np.arange(8).reshape(RANKS, 2), [[2], [0], [0], [0]]], axis=1)
+    copied = Placement(physical_to_logical_map=slots.reshape(1, -1), num_experts=8, ep_size=RANKS)
+    rng = np.random.default_rng(0)
+    pair = 2 * rng.integers(RANKS, size=2048)
+    trace = random_trace(tokens=2048, layers=1, experts=8, top_k=2, rng=rng)
+    routes = np.stack([pair, pair + 1], axis=1)[:, None].astype(np.uint8)
+    trace = dataclasses.replace(trace, experts=routes, token_id=pair.astype(np.int32))
+    placements = {"contiguous": single, "semantic": single, "semantic+replicas": copied}
+    account = verdict(
+        placements,
+        chosen="semantic+replicas",
+        profile=RoutingProfile.from_trace(trace),
+        holdout=trace,
+        mode="tokens",
+        without_copies="semantic",
+    )
+    assert "in order" in account["copies"]["raise_traffic"]
+    assert account["copies"]["remote_copies_saved"]["in order"] < -0.01
+    assert "RAISE traffic" in account["copies"]["summary"]
 
 
 def test_a_replicated_plan_is_exported_whole(run_dir, capsys):

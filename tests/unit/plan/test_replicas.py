@@ -12,9 +12,17 @@ from semantic_ep.plan.baselines import contiguous_placement, random_placement
 from semantic_ep.plan.cost import evaluate, nearest_copy
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import PlacementPolicy, policy
-from semantic_ep.plan.replicas import WithReplicas, _HomeTraffic, add_replicas, serving_ranks
+from semantic_ep.plan.replicas import (
+    WithReplicas,
+    _Copies,
+    _HomeTraffic,
+    add_replicas,
+    serving_ranks,
+)
 from semantic_ep.plan.schedule import rank_shares
+from semantic_ep.plan.verdict import home_ranks
 from semantic_ep.topology import Topology
+from tests.unit.plan.synthetic import planted_trace
 
 LAYERS, EXPERTS, RANKS = 2, 8, 4
 
@@ -51,24 +59,52 @@ def best_homes(trace, profile, placement):
     return np.stack([share[trace.token_id].argmax(axis=1) for share in shares], axis=1)
 
 
-def test_saved_rows_are_exactly_those_that_a_copy_removes(trace, profile, plain):
-    traffic = _HomeTraffic.of_layer(profile, plain, 0, scheduled=True)
-    held = plain.expert_on_rank[0]
-    homes = best_homes(trace, profile, plain)
-    before = evaluate(plain, trace, homes).remote_copies[0] * trace.num_tokens
-    saved = traffic.saved_rows(2, serving_ranks(held, np.zeros(RANKS))[2])
+@pytest.mark.parametrize(("nodes", "scheduled"), [(1, 1.0), (1, 0.0), (2, 0.0)])
+def test_saved_rows_are_those_of_every_rank_that_a_copy_changes(
+    trace, profile, plain, nodes, scheduled
+):
+    """A copy keeps rows at home, and may cost ranks that it serves from now on some."""
+    topology = Topology.uniform(RANKS, num_nodes=nodes)
+    traffic = _HomeTraffic.of_layer(profile, plain, 0, scheduled=scheduled)
+    copies = _Copies(traffic, plain.expert_on_rank[0], topology.nodes)
     own = plain.physical_to_logical_map.reshape(LAYERS, RANKS, -1)
-    for expert in range(EXPERTS):
-        spare = np.full((LAYERS, RANKS, 1), -1)
-        if not held[expert, 2]:
-            spare[0, 2] = expert
-        copied = Placement(
+    mixes = [np.full(trace.num_tokens, rank) for rank in range(RANKS)]
+    mixes = [best_homes(trace, profile, plain)] if scheduled == 1 else mixes
+    added = [(7, 1)]  # (expert, rank): a first copy, to start from
+    copies.add(*added[0])
+
+    def rows(extra):
+        spare = np.full((LAYERS, RANKS, 2), -1)
+        for column, (expert, rank) in enumerate(extra):
+            spare[0, rank, column] = expert
+        placement = Placement(
             physical_to_logical_map=np.concatenate([own, spare], axis=2).reshape(LAYERS, -1),
             num_experts=EXPERTS,
             ep_size=RANKS,
         )
-        after = evaluate(copied, trace, homes).remote_copies[0] * trace.num_tokens
-        assert saved[expert] == pytest.approx(before - after, abs=0.01)
+        costs = [evaluate(placement, trace, homes, topology=topology) for homes in mixes]
+        return np.mean([cost.remote_copies[0] for cost in costs]) * trace.num_tokens
+
+    before = rows(added)
+    changes = []
+    for rank in range(RANKS):
+        saved = copies.saved_rows(rank)
+        for expert in np.flatnonzero(~copies.held[:, rank]):
+            changes.append(before - rows([*added, (int(expert), rank)]))
+            assert saved[expert] == pytest.approx(changes[-1], abs=0.02)
+    assert max(changes) > 0
+    assert scheduled or nodes > 1 or min(changes) < 0
+
+
+def test_copies_do_not_raise_traffic_where_home_ranks_ignore_affinity():
+    """A copy that parts experts used together, for ranks that have neither, costs rows there."""
+    trace = planted_trace(seed=1)
+    profile = RoutingProfile.from_trace(trace)
+    single = policy("semantic").place(profile, ep_size=4)
+    home = home_ranks(trace, single, None, "tokens")
+    copied = add_replicas(single, profile, slots_per_rank=2, scheduled=0.0)
+    before, after = (evaluate(one, trace, home).mean() for one in (single, copied))
+    assert after["remote_copies"] < before["remote_copies"]
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -131,16 +167,15 @@ def test_each_rank_gets_its_slots_filled_with_experts_it_lacked(profile, plain):
 
 
 def test_without_a_schedule_every_rank_sees_the_same_mix(profile, plain):
-    traffic = _HomeTraffic.of_layer(profile, plain, 0, scheduled=False)
+    traffic = _HomeTraffic.of_layer(profile, plain, 0, scheduled=0.0)
     np.testing.assert_allclose(traffic.load_GE, traffic.load_GE[:1].repeat(RANKS, axis=0))
     np.testing.assert_allclose(traffic.load_GE.sum(axis=0), profile.load[0])
 
 
-def test_a_rank_without_any_token_at_home_is_no_trouble(profile, plain):
-    empty = _HomeTraffic(
-        [sparse.csr_array((0, EXPERTS))] * RANKS, [np.zeros(0)] * RANKS
-    )  # fmt: skip
-    assert empty.saved_rows(0, np.ones(EXPERTS, dtype=int)).tolist() == [0.0] * EXPERTS
+def test_a_rank_without_any_token_at_home_is_no_trouble(plain):
+    empty = _HomeTraffic([sparse.csr_array((0, EXPERTS))] * RANKS, [np.zeros(0)] * RANKS)
+    copies = _Copies(empty, plain.expert_on_rank[0], np.zeros(RANKS, dtype=int))
+    assert copies.saved_rows(0).tolist() == [0.0] * EXPERTS
 
 
 @pytest.mark.parametrize("slots", [-1, EXPERTS])
