@@ -30,7 +30,7 @@ from chunks import Chunks
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
-from trainlog import log_step
+from trainlog import log_step, show_reports
 
 from semantic_ep.apply.checkpoint.writer import check_vacant
 from semantic_ep.config import SECTION, SemanticEPConfig, add_arguments, section_of
@@ -304,6 +304,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.data)
     check_vacant(args.output / "model")
     init_distributed(device_type=device, peer_timeout=args.peer_timeout)
+    show_reports()
     with peers_must_answer():
         args.output.mkdir(parents=True, exist_ok=True)
         model = build_model(args, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +22,18 @@ def log_step(row: dict[str, Any], output: Path, tracker: Tracker, *, shown: str)
     metrics = {f"train/{name}": value for name, value in row.items() if name != "step"}
     tracker.log(metrics, step=row["step"])
     tqdm.write(f"step {row['step']:>5}  loss {row['loss']:.3f}  {shown}")
+
+
+class _AboveProgress(logging.Handler):
+    """Prints a line without breaking the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def show_reports() -> None:
+    """Print on rank 0 what the package reports while it trains: profiles, drift, decisions."""
+    if dist.get_rank() == 0:
+        reports = logging.getLogger("semantic_ep.integrations")
+        reports.setLevel(logging.INFO)
+        reports.addHandler(_AboveProgress())

@@ -63,6 +63,19 @@ class PlanConfig(_Section):
     )
 
 
+class ReplanConfig(_Section):
+    """Whether a training run moves its experts to a new plan as routing changes."""
+
+    interval: Auto | PositiveInt = Field(
+        "auto",
+        description="optimizer steps between decisions whether a new plan pays for moving the "
+        "experts; auto: keep the plan, and report drift at checkpoints",
+    )
+    horizon_tokens: Auto | PositiveInt = Field(
+        "auto", description="trained tokens in which a move must pay; auto: those of an interval"
+    )
+
+
 class GroupsConfig(_Section):
     """Which ranks form an expert-parallel group."""
 
@@ -115,6 +128,7 @@ class SemanticEPConfig(_Section):
     enabled: bool = Field(False, description="switch semantic expert parallelism on")
     observe: ObserveConfig = ObserveConfig()
     plan: PlanConfig = PlanConfig()
+    replan: ReplanConfig = ReplanConfig()
     groups: GroupsConfig = GroupsConfig()
     dispatch: DispatchConfig = DispatchConfig()
     schedule: ScheduleConfig = ScheduleConfig()

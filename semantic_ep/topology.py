@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -230,6 +230,12 @@ class Topology:
                 )
             )
         return dataclasses.replace(self, node_of_rank=self.node_of_rank[:ep_size])
+
+    def of_ranks(self, ranks: Sequence[int]) -> Topology:
+        """Return the topology of some ranks, in the given order: any EP group of a larger job."""
+        nodes = [self.node_of_rank[rank] for rank in ranks]
+        numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
+        return dataclasses.replace(self, node_of_rank=tuple(numbers[node] for node in nodes))
 
 
 def _spread(ranks_per_node: list[int]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from semantic_ep.config import ObserveConfig
 from semantic_ep.observe.counters import CounterLimits
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.recorder import RoutingRecorder
+from semantic_ep.observe.traces import RoutingTrace
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -116,11 +117,30 @@ class RoutingObservation(ABC):
         )
         return profile
 
-    def restore(self, checkpoint: str | os.PathLike[str]) -> None:
-        """Go on from the profile in a checkpoint, if it has one. Rank 0 holds the old counts."""
+    def look(self) -> tuple[RoutingProfile, RoutingTrace, int] | None:
+        """Profile so far, sampled sequences of the recorder's window, and all its tokens.
+
+        Collective; None on all ranks but rank 0.
+        """
+        fingerprint = self.fingerprint()
+        profile = self.recorder.profile(fingerprint, group=self._group)
+        window = self.recorder.window(fingerprint, group=self._group)
+        if profile is None or window is None or dist.get_rank() != 0:
+            return None
+        return profile, *window
+
+    def restore(self, checkpoint: str | os.PathLike[str]) -> RoutingProfile | None:
+        """Go on from the profile in a checkpoint, if it has one.
+
+        Returns:
+            It, on rank 0, which holds the old counts; None elsewhere, or without one.
+        """
         saved = Path(checkpoint) / PROFILE_IN_CHECKPOINT
-        if dist.get_rank() == 0 and saved.exists():
-            self.recorder.counters.restore(RoutingProfile.read(saved))
+        if dist.get_rank() != 0 or not saved.exists():
+            return None
+        profile = RoutingProfile.read(saved)
+        self.recorder.counters.restore(profile)
+        return profile
 
     def detach(self) -> None:
         """Remove all hooks."""

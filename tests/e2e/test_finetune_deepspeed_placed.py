@@ -90,7 +90,8 @@ def test_a_run_under_a_plan_goes_on_under_another(data, tmp_path):
         save_plan(tmp_path / f"plan{n}", ranks, fingerprint=fingerprint)
         for n, ranks in enumerate((MIXED, CONTIGUOUS))
     ]
-    straight = run(data, tmp_path / "straight", plans[0], "--steps", 5)
+    deciding = ["--semantic-ep-replan-interval", 4]
+    straight = run(data, tmp_path / "straight", plans[0], "--steps", 5, *deciding)
     first = run(data, tmp_path / "first", plans[0], "--steps", 3)
     second = run(
         data, tmp_path / "second", plans[1], "--steps", 5, "--load", tmp_path / "first/checkpoint"
@@ -103,3 +104,6 @@ def test_a_run_under_a_plan_goes_on_under_another(data, tmp_path):
     )
     assert resumed.tokens == whole.tokens
     assert (tmp_path / "second/model/config.json").is_file()
+    reports = (tmp_path / "straight/profile-replanning.jsonl").read_text().splitlines()
+    decision = json.loads(reports[0])
+    assert (decision["step"], decision["applied"]) == (4, False)

@@ -15,10 +15,13 @@ from semantic_ep.integrations.deepspeed.placed_checkpoint import (
 
 
 class SemanticEngine:
-    """Goes before the class of an engine, which has `semantic_ep` and `placed_experts`, or None."""
+    """Goes before the class of an engine with `semantic_ep`, `placed_experts` and `replanning`.
+
+    Each of them may be None.
+    """
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's; counts decay and timers start anew with each optimizer step."""
+        """As DeepSpeed's; with each optimizer step counts decay, and experts may move."""
         before = self.global_steps
         result = super().step(*args, **kwargs)
         if self.global_steps != before:
@@ -26,6 +29,8 @@ class SemanticEngine:
                 self.semantic_ep.step()
             if self.placed_experts is not None:
                 self.placed_experts.context.timer.reset()
+            if self.replanning is not None:
+                self.replanning.step(self.global_steps)
         return result
 
     def save_checkpoint(
@@ -52,7 +57,9 @@ class SemanticEngine:
             **kwargs,
         )
         if self.semantic_ep is not None:
-            self.semantic_ep.save(Path(save_dir, tag))
+            profile = self.semantic_ep.save(Path(save_dir, tag))
+            if self.replanning is not None:
+                self.replanning.at_checkpoint(self.global_steps, profile)
         if save_latest and not background and dist.get_rank() == 0:
             write_latest(Path(save_dir), tag)
         dist.barrier()
@@ -67,7 +74,9 @@ class SemanticEngine:
         else:
             path, client_state = load_placed(self, super().load_checkpoint, load_dir, tag, **kwargs)
         if path is not None and self.semantic_ep is not None:
-            self.semantic_ep.restore(path if Path(path).is_dir() else Path(path).parent)
+            profile = self.semantic_ep.restore(path if Path(path).is_dir() else Path(path).parent)
+            if self.replanning is not None:
+                self.replanning.resume(profile)
         return path, client_state
 
     def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:

@@ -90,28 +90,45 @@ def check_can_move(engine: Any, old_stage: int) -> None:
         old_stage: ZeRO stage of the run that saved it.
     """
     new_stage = engine.zero_optimization_stage()
-    problem, do = None, "Pass load_optimizer_states=False to start the optimizer afresh"
     if (old_stage == 0) != (new_stage == 0):
-        problem = "ZeRO 0 and ZeRO 1 or 2 store it differently"
-        do = f"Resume with the stage it was saved with ({old_stage})"
-    elif new_stage == 0 and not isinstance(engine.optimizer, torch.optim.Optimizer):
-        problem = f"{type(engine.optimizer).__name__} does not name the parameters it stores"
-        do = "Train in mixed precision at ZeRO 1 or 2"
-    elif new_stage and engine.optimizer.elastic_checkpoint:
-        problem = "an elastic checkpoint does not say where a parameter is"
-        do = "Set zero_optimization.elastic_checkpoint to false"
-    elif new_stage and engine.optimizer.cpu_offload:
-        problem = "the states of an offloaded optimizer cannot be replaced"
-        do = "Remove zero_optimization.offload_optimizer for this start"
-    if problem:
+        obstacle = (
+            "ZeRO 0 and ZeRO 1 or 2 store it differently",
+            f"Resume with the stage it was saved with ({old_stage})",
+        )
+    else:
+        obstacle = obstacle_to_moving(engine)
+    if obstacle is not None:
+        problem, do = obstacle
         raise CheckpointError(
             explain(
                 f"the optimizer state cannot move to another placement: {problem}",
                 where="zero_optimization",
                 got=f"saved with stage {old_stage}, loaded with stage {new_stage}",
-                do=do,
+                do=f"{do}; or pass load_optimizer_states=False to start the optimizer afresh",
             )
         )
+
+
+def obstacle_to_moving(engine: Any) -> tuple[str, str] | None:
+    """Why the optimizer state of an engine cannot be divided by expert, and what to do; or None."""
+    if not engine.zero_optimization():
+        if isinstance(engine.optimizer, torch.optim.Optimizer):
+            return None
+        return (
+            f"{type(engine.optimizer).__name__} does not name the parameters it stores",
+            "Train in mixed precision at ZeRO 1 or 2",
+        )
+    if engine.optimizer.elastic_checkpoint:
+        return (
+            "an elastic checkpoint does not say where a parameter is",
+            "Set zero_optimization.elastic_checkpoint to false",
+        )
+    if engine.optimizer.cpu_offload:
+        return (
+            "the states of an offloaded optimizer cannot be replaced",
+            "Remove zero_optimization.offload_optimizer for this start",
+        )
+    return None
 
 
 def move_optimizer_state(

@@ -157,7 +157,10 @@ def load_placed(
     if tag is None:
         return load(load_dir, tag, **kwargs)
     checkpoint = Path(load_dir, str(tag))
-    old, new = Descriptor.read(checkpoint), Descriptor.of(engine)
+    old = Descriptor.read(checkpoint)
+    if engine.replanning is not None and engine.replanning.moves_experts:
+        _go_on_under(engine, old.layout)
+    new = Descriptor.of(engine)
     moved = not old.layout.equals(new.layout)
     if moved and not engine.placed_experts.experts:
         raise CheckpointError(
@@ -184,6 +187,17 @@ def load_placed(
     if move_state:
         move_optimizer_state(engine, checkpoint, old.layout, old.parameters)
     return path, client_state
+
+
+def _go_on_under(engine: Any, old: OldLayout) -> None:
+    """Take over the placement of a checkpoint, which an earlier decision may have made.
+
+    Experts are not exchanged: all of them are about to be loaded.
+    """
+    placed: PlacedExperts = engine.placed_experts
+    shapes = [p.physical_to_logical_map.shape for p in (old.placement, placed.placement)]
+    if shapes[0] == shapes[1] and old.expert_parallel == placed.groups.expert_parallel:
+        engine.placed_experts = placed.under(old.placement)
 
 
 def write_latest(save_dir: Path, tag: str) -> None:

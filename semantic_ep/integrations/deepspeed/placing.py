@@ -29,10 +29,12 @@ from semantic_ep.integrations.transformers import find_moe_layers, moe_shape
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.backends import VerifiedDispatcher, create_dispatcher
 from semantic_ep.runtime.groups import GroupPlan, ProcessGroups
+from semantic_ep.runtime.slots import slot_tables
 from semantic_ep.topology import Topology
 
 if TYPE_CHECKING:
     import numpy as np
+    from deepspeed.moe.layer import MoE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,19 +46,33 @@ class PlacedExperts:
         groups: Ranks of every expert-parallel group of the job.
         ep_rank: Of this rank in its group.
         process_groups: This rank's groups.
-        experts: By layer, of a Hugging Face model; parameters hold the S slots of this rank. None
-            of a model with native layers, which have a module for each slot.
+        experts: By layer, of a Hugging Face model; parameters hold the S slots of this rank.
+        native: By layer, of a model with `deepspeed.moe` layers, which have a module for each slot.
         context: What the layers share.
         dispatcher: Of the EP group, with its counters.
+        topology: Nodes of all ranks of the job.
     """
 
     placement: Placement
     groups: GroupPlan
     ep_rank: int
     process_groups: ProcessGroups
-    experts: Sequence[SemanticExperts]
+    experts: Sequence[SemanticExperts] = ()
+    native: Sequence[MoE] = ()
     context: StepContext
     dispatcher: VerifiedDispatcher
+    topology: Topology
+
+    def under(self, placement: Placement) -> PlacedExperts:
+        """The same under another placement, by which tokens are sent from now on.
+
+        The experts themselves must have moved, or be about to.
+        """
+        tables = torch.from_numpy(slot_tables(placement, rank=self.ep_rank))
+        routing = self.experts or [layer.deepspeed_moe for layer in self.native]
+        for module, table_E in zip(routing, tables, strict=True):
+            module.slot_table_E.copy_(table_E)
+        return dataclasses.replace(self, placement=placement)
 
     def held_S(self, layer: int) -> np.ndarray:
         """[S] logical expert in each slot of this rank, -1 for an empty slot."""
@@ -92,7 +108,7 @@ def place_experts(
         ConfigError: No groups of this size can be formed.
     """
     _check(model, placement)
-    groups, process_groups = create_groups(placement, settings)
+    groups, process_groups, topology = create_groups(placement, settings)
     ep_rank = process_groups.expert_parallel.rank()
     name = group_name(placement.ep_size)
     for layer, site in enumerate(find_moe_layers(model)):
@@ -128,22 +144,24 @@ def place_experts(
         experts=replaced,
         context=context,
         dispatcher=dispatcher,
+        topology=topology,
     )
 
 
 def create_groups(
     placement: Placement, settings: SemanticEPConfig
-) -> tuple[GroupPlan, ProcessGroups]:
+) -> tuple[GroupPlan, ProcessGroups, Topology]:
     """Form the groups of the job, by nodes, and make them known to DeepSpeed; collective."""
+    topology = _topology_of_job()
     groups = GroupPlan.build(
         dist.get_world_size(),
         placement.ep_size,
-        topology=_topology_of_job(),
+        topology=topology,
         scope=settings.groups.scope,
     )
     made = groups.create()
     register_groups(made)
-    return groups, made
+    return groups, made, topology
 
 
 def refuse_copies(placement: Placement) -> None:

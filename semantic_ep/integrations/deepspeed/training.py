@@ -18,6 +18,8 @@ from semantic_ep.integrations.deepspeed.engine import SemanticEngine
 from semantic_ep.integrations.deepspeed.native import native_layers, place_native_experts
 from semantic_ep.integrations.deepspeed.observation import EngineObservation, find_routers
 from semantic_ep.integrations.deepspeed.placing import PlacedExperts, place_experts
+from semantic_ep.integrations.deepspeed.replanning import EnginePlacement, check_can_replan
+from semantic_ep.integrations.replanning import Replanning, check_settings
 from semantic_ep.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ def initialize(
     ranks by the plan, and checkpoints can be resumed under any other plan or number of ranks.
     Native `deepspeed.moe` layers follow a plan too, and resume under the same one only.
     `engine.placed_experts` is the `PlacedExperts`, or None.
+
+    With both, drift is reported at checkpoints; with `replan.interval` too, experts move to a new
+    plan when that pays. `engine.replanning` is the `Replanning`, or None.
 
     Args:
         args: As in DeepSpeed; `--semantic-ep-...` flags in it override the JSON.
@@ -98,7 +103,7 @@ def initialize(
     engine, *others = deepspeed.initialize(
         args=_without_config(args), model=model, config=plain, **deepspeed_arguments
     )
-    engine.semantic_ep = None
+    engine.semantic_ep = engine.replanning = None
     engine.placed_experts = placed_experts
     if observe:
         engine.semantic_ep = EngineObservation(
@@ -107,6 +112,10 @@ def initialize(
             fingerprint=identity or _identity_of_layers(engine.module),
             vocab_size=_vocab_size(engine.module),
         )
+    if observe and placed:
+        if settings.replan.interval != "auto":
+            check_can_replan(engine)
+        engine.replanning = Replanning(settings, engine.semantic_ep, EnginePlacement(engine))
     if observe or placed:
         # DeepSpeed has no callback for these events, and chooses the class of its engine itself.
         engine.__class__ = type(type(engine).__name__, (SemanticEngine, type(engine)), {})
@@ -165,6 +174,7 @@ def peers_must_answer() -> Iterator[None]:
 
 def check_possible(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` if the section contradicts the rest of a DeepSpeed configuration."""
+    check_settings(settings)
     _check_placed(settings, deepspeed_config)
     autoep = deepspeed_config.get("expert_parallel", {})
     autoep_size = autoep.get("autoep_size") if autoep.get("enabled") else None

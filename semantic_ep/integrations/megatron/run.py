@@ -128,6 +128,16 @@ def _check_settings(config: SemanticEPConfig, model: TransformerConfig) -> None:
                 do="Leave it out; the order of ranks and --expert-model-parallel-size decide",
             )
         )
+    if config.replan.interval != "auto":
+        mistakes.append(
+            explain(
+                "experts of a running Megatron model cannot move",
+                where="semantic_ep.replan.interval, --semantic-ep-replan-interval",
+                got=config.replan.interval,
+                allowed="auto",
+                do="Unset it, and resume from a checkpoint under another plan",
+            )
+        )
     if config.dispatch.backend != "auto":
         mistakes.append(
             explain(

@@ -1,0 +1,137 @@
+"""Move the experts of a running DeepSpeed engine, with their optimizer state, between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from semantic_ep.errors import ConfigError, explain
+from semantic_ep.integrations.deepspeed.native import native_rows
+from semantic_ep.integrations.deepspeed.observation import find_routers
+from semantic_ep.integrations.deepspeed.optimizer_state import MASTER, obstacle_to_moving
+from semantic_ep.integrations.deepspeed.placing import PlacedExperts
+from semantic_ep.integrations.expert_state import (
+    ExpertState,
+    Piece,
+    agreed_kinds,
+    expert_bytes,
+    is_trained,
+    whole_states,
+)
+from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime.exchange import Exchanged, exchange_experts
+from semantic_ep.topology import Topology
+
+
+class EnginePlacement:
+    """The placed experts of an engine; a `PlacedModel`."""
+
+    def __init__(self, engine: Any) -> None:
+        """Take an engine with `placed_experts`."""
+        self._engine = engine
+
+    @property
+    def placement(self) -> Placement:
+        """See `PlacedModel`."""
+        return self._placed.placement
+
+    @property
+    def topology(self) -> Topology:
+        """See `PlacedModel`."""
+        return self._placed.topology.of_ranks(self._placed.groups.expert_parallel[0])
+
+    @property
+    def row_bytes(self) -> int:
+        """See `PlacedModel`."""
+        router = find_routers(self._engine.module)[0].weight
+        return router.shape[1] * router.element_size()
+
+    def expert_bytes(self) -> int:
+        """See `PlacedModel`."""
+        first = self._rows()[0]
+        trained = [each for rows in self._rows() for each in rows.values() if is_trained(each)]
+        kinds = agreed_kinds([of_one for each in trained for of_one in self._pieces(each)])
+        return expert_bytes(list(first.values()), kinds)
+
+    def move(self, placement: Placement) -> Exchanged:
+        """See `PlacedModel`."""
+        placed = self._placed
+        pieces = [
+            {name: self._pieces(each) for name, each in rows.items()} for rows in self._rows()
+        ]
+        state = ExpertState(
+            placed.placement.num_layers,
+            agreed_kinds([p for layer in pieces for each in layer.values() for p in each]),
+            placed.process_groups.expert_data_parallel
+            if self._engine.zero_optimization()
+            else None,
+        )
+        for layer, rows in enumerate(self._rows()):
+            for name, each in rows.items():
+                state.add(layer, name, each, pieces[layer][name])
+        exchanged = exchange_experts(
+            state.rows,
+            old=placed.placement,
+            new=placement,
+            group=placed.process_groups.expert_parallel,
+            together=dist.group.WORLD,
+        )
+        state.store()
+        self._engine.placed_experts = placed.under(placement)
+        return exchanged
+
+    @property
+    def _placed(self) -> PlacedExperts:
+        return self._engine.placed_experts
+
+    def _rows(self) -> list[Mapping[str, Tensor | Sequence[Tensor]]]:
+        """By layer and name, a parameter of S rows, or S parameters or buffers."""
+        if self._placed.experts:
+            return [dict(experts.local.named_parameters()) for experts in self._placed.experts]
+        return [native_rows(layer) for layer in self._placed.native]
+
+    def _pieces(self, rows: Tensor | Sequence[Tensor]) -> list[Mapping[str, Piece]]:
+        """Optimizer state of each parameter in the rows; none of buffers."""
+        if not is_trained(rows):
+            return []
+        of = _zero_pieces if self._engine.zero_optimization() else _plain_pieces
+        parameters = [rows] if isinstance(rows, Tensor) else rows
+        return [of(self._engine.optimizer, parameter) for parameter in parameters]
+
+
+def check_can_replan(engine: Any) -> None:
+    """Raise `ConfigError` if the optimizer of an engine keeps what cannot be divided by expert."""
+    obstacle = obstacle_to_moving(engine)
+    if obstacle is not None:
+        problem, do = obstacle
+        raise ConfigError(
+            explain(
+                f"the optimizer state cannot move to another placement: {problem}",
+                where="semantic_ep.replan.interval, --semantic-ep-replan-interval",
+                do=f"{do}; or unset it",
+            )
+        )
+
+
+def _plain_pieces(optimizer: Any, parameter: nn.Parameter) -> dict[str, Piece]:
+    return whole_states(optimizer.state.get(parameter, {}), parameter.shape)
+
+
+def _zero_pieces(zero: Any, parameter: nn.Parameter) -> dict[str, Piece]:
+    """ZeRO 1 and 2 keep master weights and state in a flat slice of each parameter group."""
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:  # On another rank, or not trained.
+        return {}
+    (flat,) = zero.optimizer.param_groups[mapping.param_group_index]["params"]
+    source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
+    states = whole_states(zero.optimizer.state.get(flat, {}), flat.shape)
+    states[MASTER] = Piece(values=flat.detach())
+    return {
+        name: Piece(
+            values=piece.values[target.start : target.start + target.numel], start=source.start
+        )
+        for name, piece in states.items()
+    }
