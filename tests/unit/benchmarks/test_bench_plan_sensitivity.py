@@ -1,0 +1,98 @@
+"""The sensitivity studies plan on the requests they say, and count the others."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.run import main
+from benchmarks.sensitivity import domains_of, up_to, without_rare
+from semantic_ep.observe.formats import read_npz_trace, write_npz_trace
+from semantic_ep.observe.profile import RoutingProfile
+from tests.unit.plan.synthetic import planted_trace
+
+
+@pytest.fixture(scope="module")
+def trace_file(tmp_path_factory):
+    """Requests of four topics, which two labels share."""
+    file = tmp_path_factory.mktemp("traces") / "toy.npz"
+    trace = planted_trace(requests=120, layers=3, seed=1)
+    write_npz_trace(trace, file)
+    topic = trace.token_id[trace.offsets[:-1]] % 4
+    labels = [json.dumps({"subject": f"topic {number}"}) for number in topic]
+    file.with_name("toy.requests.jsonl").write_text("\n".join(labels))
+    return file
+
+
+def run_rows(trace_file, tmp_path, *flags):
+    command = ["plan_sensitivity", "--trace", str(trace_file), "--at-ep", "4", "--layers", "1"]
+    command += ["--evaluate-tokens", "1500", "--json", str(tmp_path / "out.json"), *flags]
+    assert main(command) == 0
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert {row["layer"] for row in document["rows"]} == {1, "mean"}
+    return [row for row in document["rows"] if row["layer"] == "mean"]
+
+
+def test_each_part_of_a_plan_is_measured_alone(trace_file, tmp_path):
+    rows = run_rows(trace_file, tmp_path, "--studies", "ablations", "--redundant-slots", "4")
+    saved = {row["setting"]: row["saved"] for row in rows}
+    assert saved["neither"] == 0
+    assert max(saved["placement alone"], saved["schedule alone"]) < saved["both"]
+    assert saved["both"] <= saved["true routes"]
+    assert saved["4 slots for copies"] > 0
+    assert (tmp_path / "out.png").exists()
+
+
+def test_profiles_are_nested_and_ep_degrees_divide_the_experts(trace_file, tmp_path):
+    rows = run_rows(
+        trace_file, tmp_path, "--studies", "profile size", "EP degree", "minimum count",
+        "--fractions", "0.1", "0.2", "--ep", "3", "16", "--min-counts", "2",
+    )  # fmt: skip
+    sizes = [row["profiled_tokens"] for row in rows if row["study"] == "profile size"]
+    assert sizes == [12 * 48, 24 * 48]
+    assert [row["ep_size"] for row in rows if row["study"] == "EP degree"] == [16]
+    assert all(0 < row["lar"] <= 1 and row["plan_seconds"] > 0 for row in rows)
+
+
+def test_a_plan_is_worth_most_on_the_domain_it_was_made_from(trace_file, tmp_path):
+    (tmp_path / "domains.json").write_text(
+        json.dumps({"even": ["topic 0", "topic 2"], "odd": ["topic 1", "topic 3"]})
+    )
+    rows = run_rows(
+        trace_file, tmp_path, "--studies", "domains", "--labels", "subject",
+        "--domains", str(tmp_path / "domains.json"),
+    )  # fmt: skip
+    lar = {(row["setting"], row["counted_on"]): row["lar"] for row in rows}
+    assert set(lar) == {(a, b) for a in ("even", "odd", "all domains") for b in ("even", "odd")}
+    assert lar["even", "even"] > lar["odd", "even"] + 0.1
+    assert lar["odd", "odd"] > lar["even", "odd"] + 0.1
+
+
+def test_labels_are_domains_where_none_are_listed(trace_file):
+    trace = read_npz_trace(trace_file)
+    found = domains_of(trace, key="subject", domains=None)
+    assert list(found) == [f"topic {number}" for number in range(4)]
+    assert sum(map(len, found.values())) == trace.num_requests
+
+
+def test_requests_are_taken_until_tokens_are_reached(trace_file):
+    trace = read_npz_trace(trace_file)
+    order = np.arange(120)[::-1]
+    assert up_to(trace, order, 100).tolist() == [119, 118]
+    assert up_to(trace, order, 1).tolist() == [119]
+
+
+def test_cells_below_the_minimum_count_are_dropped(trace_file):
+    profile = RoutingProfile.from_trace(read_npz_trace(trace_file))
+    kept = without_rare(profile, 20)
+    for table, before, dropped in zip(kept.token_expert, profile.token_expert, kept.dropped_mass):
+        assert table.data.min() >= 20
+        assert dropped == pytest.approx(1 - table.sum() / before.sum())
+
+
+@pytest.mark.parametrize("flags", [("--at-ep", "5"), ("--redundant-slots", "3")])
+def test_settings_that_do_not_divide_are_refused(trace_file, flags, capsys):
+    assert main(["plan_sensitivity", "--trace", str(trace_file), "--at-ep", "4", *flags]) == 2
+    assert flags[0] in capsys.readouterr().err
