@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import sparse
+from scipy.optimize import linprog
 
 from semantic_ep.errors import PlacementError, explain
 
@@ -20,8 +22,10 @@ def assign_requests(
 ) -> np.ndarray:
     """Assign a window of requests to ranks: most affinity, under equal tokens a rank.
 
-    Tokens come first: the most loaded rank is brought to at most (1 + tolerance) x mean, or as low
-    as moves and swaps of whole requests can, and only then is affinity traded.
+    Tokens come first: the fullest rank is brought to at most (1 + tolerance) x mean, or to the
+    longest request if that is more, as far as moves and swaps of whole requests can, and only then
+    is affinity traded. A linear programme that may divide requests comes close to the optimum: it
+    leaves fewer than G of them divided, which moves and swaps then mend.
 
     Args:
         scores_RG: [R, G], affinity of each request for each rank, summed over its tokens
@@ -47,16 +51,11 @@ def assign_requests(
     held = np.zeros(ranks) if held_G is None else np.asarray(held_G, dtype=np.float64).copy()
     if requests == 0:
         return np.zeros(0, dtype=np.int64)
-    limit = (1 + tolerance) * (held.sum() + tokens.sum()) / ranks
-    rank_R = np.zeros(requests, dtype=np.int64)
-    for request in np.argsort(-tokens, kind="stable"):
-        fits = held + tokens[request] <= limit
-        best = np.max(scores[request], where=fits, initial=-np.inf)
-        # Equal scores, or no rank with room: the emptiest of them.
-        eligible = fits & (scores[request] == best) if fits.any() else np.ones(ranks, dtype=bool)
-        choice = int(np.argmin(np.where(eligible, held, np.inf)))
-        rank_R[request] = choice
-        held[choice] += tokens[request]
+    # The fullest rank sets the time: where one long request exceeds the share, others may too.
+    share = (1 + tolerance) * (held.sum() + tokens.sum()) / ranks
+    limit = max(share, float(tokens.max() + held.min()))
+    rank_R = _relaxed(scores, tokens, np.maximum(limit - held, 0))
+    held += np.bincount(rank_R, weights=tokens, minlength=ranks)
     # One unit of token excess outweighs any affinity that could be gained for it.
     penalty = 1.0 + float(np.ptp(scores, axis=1).sum()) / max(
         float(tokens[tokens > 0].min(initial=1)), 1e-9
@@ -65,6 +64,25 @@ def assign_requests(
         if not _improve(rank_R, held, scores, tokens, limit, penalty):
             break
     return rank_R
+
+
+def _relaxed(scores: np.ndarray, tokens: np.ndarray, room_G: np.ndarray) -> np.ndarray:
+    """[R] int64, the rank with most of each request in the best division of all requests."""
+    requests, ranks = scores.shape
+    each = np.arange(requests * ranks)
+    whole = sparse.csr_array((np.ones(len(each)), (each // ranks, each)))
+    filled = sparse.csr_array((np.repeat(tokens, ranks), (each % ranks, each)))
+    solution = linprog(
+        -scores.ravel(),
+        A_ub=filled,
+        b_ub=room_G,
+        A_eq=whole,
+        b_eq=np.ones(requests),
+        method="highs",
+    )
+    # What ranks already hold can leave too little room for any division: begin from affinity.
+    part = scores if solution.x is None else solution.x.reshape(requests, ranks)
+    return np.asarray(part.argmax(axis=1))
 
 
 def _improve(

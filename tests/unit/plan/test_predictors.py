@@ -97,3 +97,27 @@ def test_a_handful_of_tokens_gets_the_plain_table():
     profile = RoutingProfile.from_trace(trace)
     chosen = choose_predictor(trace, profile, ep_size=4, batch=128)
     assert isinstance(chosen, TablePredictor)
+
+
+def _one_cancels_the_other(seed: int) -> RoutingTrace:
+    """Layer 1 uses expert 2 after both or neither of experts 0 and 1, and expert 3 after one."""
+    trace = planted_trace(seed=seed, requests=60)
+    experts = trace.experts.copy()
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(0, 2, (2, trace.num_tokens))
+    experts[:, 0] = np.stack([np.where(first, 0, 4), np.where(second, 1, 5)], axis=1)
+    experts[:, 1] = np.stack([2 + (first ^ second), np.full(trace.num_tokens, 8)], axis=1)
+    return dataclasses.replace(trace, experts=experts)
+
+
+def test_a_perceptron_corrects_what_no_sum_expresses():
+    trace, held_out = _one_cancels_the_other(1), _one_cancels_the_other(2)
+    profile = RoutingProfile.from_trace(trace, vocab_size=64)
+    linear, corrected = (
+        RidgePredictor.fit(trace, profile, depth=1, corrected=corrected)
+        for corrected in (False, True)
+    )
+    assert _error(corrected, held_out, 1) < 0.2 * _error(linear, held_out, 1)
+    again = RidgePredictor.fit(trace, profile, depth=1, corrected=True)
+    context = context_of(held_out, 1)
+    np.testing.assert_array_equal(again.expert_scores(context), corrected.expert_scores(context))
