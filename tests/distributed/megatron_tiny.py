@@ -134,7 +134,7 @@ class Trainer:
     schedule: object
 
     @classmethod
-    def build(cls, config, rows=None, *, distributed_optimizer=False):
+    def build(cls, config, rows=None, *, distributed_optimizer=False, **optimizer):
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -142,21 +142,22 @@ class Trainer:
         )
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.transformer.module import Float16Module
 
+        bare = model(config, rows)
         wrapped = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
-            model(config, rows),
+            Float16Module(config, bare) if config.bf16 else bare,
         )
         config.finalize_model_grads_func = finalize_model_grads
-        settings = OptimizerConfig(
-            optimizer="adam",
-            lr=3e-3,
-            weight_decay=0.01,
-            clip_grad=1.0,
-            use_distributed_optimizer=distributed_optimizer,
-        )
-        optimizer = get_megatron_optimizer(settings, [wrapped])
+        settings = {"optimizer": "adam", "lr": 3e-3, "weight_decay": 0.01, "clip_grad": 1.0}
+        settings |= {
+            "use_distributed_optimizer": distributed_optimizer,
+            "bf16": config.bf16,
+            "params_dtype": config.params_dtype,
+        }
+        optimizer = get_megatron_optimizer(OptimizerConfig(**settings | optimizer), [wrapped])
         return cls(wrapped, optimizer, get_forward_backward_func())
 
     def step(self, batches):
