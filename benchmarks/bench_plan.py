@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import multiprocessing
+import pickle
+import resource
 import statistics
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import plan_loads
 from benchmarks.registry import Chart, Result, Row, Table
@@ -52,7 +56,7 @@ class Method:
 
     name: str
     policy: str
-    mode: str = "tokens"
+    mode: Literal["tokens", "requests"] = "tokens"
     scheduled: bool = False
     replicated: bool = False
 
@@ -162,7 +166,7 @@ def chosen_methods(
 def _run_traces(args: argparse.Namespace) -> Result:
     from semantic_ep.observe.formats import read_npz_trace
 
-    tasks = []
+    fits, plans = [], []
     for path in args.trace:
         trace = read_npz_trace(path, num_experts=args.num_experts)
         wanted = chosen_methods(
@@ -170,12 +174,23 @@ def _run_traces(args: argparse.Namespace) -> Result:
             token_ids=bool((trace.token_id >= 0).any()),
             redundant_slots=args.redundant_slots,
         )
-        for ep_size in args.ep:
-            tasks += [(path, method, ep_size, args) for method in wanted]
-    # A fresh process for each method: peak_mb is then its own, and nothing stays cached.
+        predict = any(method.scheduled and method.mode == "tokens" for method in wanted)
+        fits += [(path, seed, predict, args) for seed in range(args.seeds)]
+        # One placement serves every method that differs only in home ranks.
+        alike: dict[tuple[str, bool], list[Method]] = {}
+        for method in wanted:
+            alike.setdefault((method.policy, method.replicated), []).append(method)
+        plans += [(path, group, ep_size, args) for ep_size in args.ep for group in alike.values()]
+    # A fresh process each: peak_mb is then its own, and nothing stays cached.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        rows = [row for part in _progress(pool.map(_measure, tasks), len(tasks)) for row in part]
+    with (
+        ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        list(pool.map(_learn, fits, itertools.repeat(folder)))
+        parts = _progress(pool.map(_measure, plans, itertools.repeat(folder)), len(plans))
+        rows = [row for part in parts for row in part]
+    rows.sort(key=lambda row: list(methods()).index(row["method"]))
     return Result(
         theme="plan",
         protocol=_protocol(args),
@@ -185,50 +200,79 @@ def _run_traces(args: argparse.Namespace) -> Result:
     )
 
 
-def _measure(task: tuple[Path, Method, int, argparse.Namespace]) -> list[dict[str, Any]]:
-    """All seeds of one method on one trace, in a process of its own."""
+def _learned_file(folder: str, path: Path, seed: int) -> Path:
+    return Path(folder) / f"{path.stem}-{seed}.pickle"
+
+
+def _learn(task: tuple[Path, int, bool, argparse.Namespace], folder: str) -> None:
+    """Learn from one split of a trace, for all methods: a predictor knows no placement."""
+    from benchmarks.plan_protocol import learn
+    from semantic_ep.observe.formats import read_npz_trace
+
+    path, seed, predict, args = task
+    trace = read_npz_trace(path, num_experts=args.num_experts)
+    profiled, _ = trace.split(args.profile_fraction, seed=seed)
+    learned = learn(profiled, ep_size=args.ep[0], seed=seed, predict=predict)
+    with _learned_file(folder, path, seed).open("wb") as file:
+        pickle.dump(learned, file)
+
+
+def _measure(
+    task: tuple[Path, list[Method], int, argparse.Namespace], folder: str
+) -> list[dict[str, Any]]:
+    """All seeds of methods that share a placement, on one trace, in a process of its own."""
+    from benchmarks.plan_protocol import count, place
     from semantic_ep.observe.formats import read_npz_trace
     from semantic_ep.plan.policies import policy
     from semantic_ep.plan.replicas import WithReplicas
-    from semantic_ep.plan.verdict import judge
     from semantic_ep.topology import Topology
 
-    path, method, ep_size, args = task
-    chosen = policy(method.policy)
-    if method.replicated:
+    path, group, ep_size, args = task
+    chosen = policy(group[0].policy)
+    if group[0].replicated:
         chosen = WithReplicas(policy=chosen, slots_per_rank=args.redundant_slots // ep_size)
+    topology = Topology.uniform(ep_size, num_nodes=args.nodes)
     trace = read_npz_trace(path, num_experts=args.num_experts)
     rows = []
     for seed in range(args.seeds):
-        profiled, evaluated = trace.split(args.profile_fraction, seed=seed)
-        placements = -(-RANDOM_PLACEMENTS // args.seeds) if method.policy == "random" else 1
-        judged = [
-            judge(
-                profiled,
-                evaluated,
+        with _learned_file(folder, path, seed).open("rb") as file:
+            learned = pickle.load(file)  # written by _learn, in this run
+        _, evaluated = trace.split(args.profile_fraction, seed=seed)
+        placements = -(-RANDOM_PLACEMENTS // args.seeds) if group[0].policy == "random" else 1
+        counted: dict[str, list[list[dict[str, Any]]]] = {method.name: [] for method in group}
+        for number in range(placements):
+            placement, seconds = place(
+                learned,
                 chosen,
-                ep_size,
-                seed * placements + number,
-                method.mode,
-                scheduled=method.scheduled,
-                topology=Topology.uniform(ep_size, num_nodes=args.nodes),
+                ep_size=ep_size,
+                seed=seed * placements + number,
+                topology=topology,
                 time_limit=args.time_limit,
             )
-            for number in range(placements)
-        ]
-        for same_layer in zip(*judged, strict=True):
-            rows.append(
-                {
-                    "trace": path.stem,
+            for method in group:
+                knowing = learned if method.scheduled else None
+                by_layer = count(evaluated, placement, knowing, method.mode, topology=topology)
+                spent = seconds + (knowing.seconds if knowing and method.mode == "tokens" else 0)
+                peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                own = {"solve_seconds": spent, "peak_mb": peak_mb}
+                counted[method.name].append([{**row, **own} for row in by_layer])
+        case = {
+            "trace": path.stem,
+            "ep_size": ep_size,
+            "profile_fraction": args.profile_fraction,
+            "seed": seed,
+        }
+        for method in group:
+            for same_layer in zip(*counted[method.name], strict=True):
+                figures = {
+                    name: statistics.fmean(row[name] for row in same_layer) for name in FIGURES
+                }
+                named = {
                     "method": method.name,
                     "mode": method.mode,
-                    "ep_size": ep_size,
-                    "profile_fraction": args.profile_fraction,
-                    "seed": seed,
                     "layer": same_layer[0]["layer"],
-                    **{name: statistics.fmean(row[name] for row in same_layer) for name in FIGURES},
                 }
-            )
+                rows.append({**case, **named, **figures})
     return rows
 
 
@@ -239,7 +283,8 @@ def _progress(parts: Iterable[Any], total: int) -> Iterator[Any]:
 
 
 def _protocol(args: argparse.Namespace) -> dict[str, Any]:
-    from semantic_ep.plan.verdict import BATCH_TOKENS, WINDOW_REQUESTS
+    from semantic_ep.plan.requests import WINDOW_REQUESTS
+    from semantic_ep.plan.slices import BATCH_TOKENS
 
     return {
         "traces": [path.name for path in args.trace],
@@ -258,8 +303,10 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
             "node_copies": "mean distinct nodes other than home's that a token is sent to",
             "load_max_over_mean": "activations on the busiest rank over the mean of ranks",
             "tokens_max_over_mean": "home tokens on the fullest rank over the mean of ranks",
-            "solve_seconds": "wall time of planning: placement and, if scheduled, predictor",
-            "peak_mb": "largest resident memory of the process, reading the trace included",
+            "solve_seconds": "wall time of planning: placement and, if scheduled, predictor (which is "
+            "fitted once a split, for all methods)",
+            "peak_mb": "largest resident memory of the process of all methods on one placement, "
+            "reading the trace included",
         },
     }
 

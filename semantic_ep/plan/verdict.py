@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import resource
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,82 +13,19 @@ from semantic_ep.plan.bounds import bounds, saving_interval
 from semantic_ep.plan.cost import RoutingCost, evaluate, remote_copies_by_token
 from semantic_ep.plan.effect import Workload, effect_on_time
 from semantic_ep.plan.placement import Placement
-from semantic_ep.plan.policies import PlacementPolicy
 from semantic_ep.plan.predictors import (
     Predictor,
     TablePredictor,
-    choose_predictor,
     context_of,
 )
 from semantic_ep.plan.requests import WINDOW_REQUESTS, assign_in_windows
-from semantic_ep.plan.samples import Evidence
 from semantic_ep.plan.schedule import Schedule
 from semantic_ep.plan.slices import BATCH_TOKENS, natural_slices, slices_in_batches
-from semantic_ep.plan.solver import Mode, SemanticPolicy
+from semantic_ep.plan.solver import Mode
 from semantic_ep.topology import Topology
-
-__all__ = ["BATCH_TOKENS", "WINDOW_REQUESTS", "home_ranks", "judge", "rows_of_cost", "verdict"]
 
 # Below this share of the copies, a saving drowns in what else varies between runs.
 WORTHWHILE_SHARE = 0.05
-
-
-def judge(
-    trace_profile: RoutingTrace,
-    trace_eval: RoutingTrace,
-    policy: PlacementPolicy,
-    ep_size: int,
-    seed: int,
-    mode: Mode,
-    *,
-    scheduled: bool | None = None,
-    topology: Topology | None = None,
-    time_limit: float | None = None,
-) -> list[dict[str, Any]]:
-    """Plan on one part of a trace and count on the other.
-
-    Args:
-        trace_profile: Requests the policy and the schedule may learn from.
-        trace_eval: Requests to count on.
-        policy: Chooses the placement.
-        ep_size: EP ranks (G).
-        seed: Seed of the policy.
-        mode: "tokens": batches of 512 consecutive tokens in equal slices, chosen anew in each
-            layer. "requests": windows of 64 requests, tokens a rank within 5 % where whole
-            requests allow it, rank predicted from token ids.
-        scheduled: Whether home ranks follow predicted affinity; without, they ignore it (slices in
-            order; requests balanced by tokens). None: only for our own policies, since no
-            baseline brings a schedule.
-        topology: Nodes of the ranks.
-        time_limit: Passed to the policy.
-
-    Returns:
-        One row a layer and one with layer "mean".
-    """
-    vocab = int(max(trace_profile.token_id.max(initial=0), trace_eval.token_id.max(initial=0))) + 1
-    profile = RoutingProfile.from_trace(trace_profile, vocab_size=vocab)
-    if scheduled is None:
-        scheduled = isinstance(policy, SemanticPolicy)
-    started = time.perf_counter()
-    predictor: Predictor | None = None
-    if scheduled and mode == "tokens":
-        chosen = choose_predictor(
-            trace_profile, profile, ep_size=ep_size, batch=BATCH_TOKENS, seed=seed
-        )
-        predictor = chosen
-        if isinstance(policy, SemanticPolicy):
-            evidence = Evidence(trace=trace_profile, predictor=chosen)
-            policy = dataclasses.replace(policy, evidence=evidence)
-    placement = policy.place(
-        profile, ep_size=ep_size, seed=seed, time_limit=time_limit, topology=topology
-    )
-    seconds = time.perf_counter() - started
-    home = home_ranks(
-        trace_eval, placement, profile if scheduled else None, mode, predictor=predictor
-    )
-    cost = evaluate(placement, trace_eval, home, topology=topology)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return [{**row, "solve_seconds": seconds, "peak_mb": peak_mb} for row in rows_of_cost(cost)]
 
 
 def rows_of_cost(cost: RoutingCost) -> list[dict[str, Any]]:
@@ -119,7 +53,9 @@ def home_ranks(
             history, the experts of earlier layers.
         placement: Where experts live.
         profile: What the schedule may know; None for a schedule that ignores affinity.
-        mode: See `judge`.
+        mode: "tokens": batches of 512 consecutive tokens in equal slices, chosen anew in each
+            layer. "requests": windows of 64 requests, tokens a rank within 5 % where whole
+            requests allow it, rank predicted from token ids.
         predictor: Scores ranks for tokens; None means the profile's token table.
 
     Returns:
@@ -164,7 +100,7 @@ def verdict(
         chosen: The policy planned with.
         profile: What the schedule is made from.
         holdout: Requests that are not in the profile.
-        mode: See `judge`.
+        mode: See `home_ranks`.
         topology: Nodes of the ranks.
         workload: Sizes and runtime, for the effect on time; None leaves it out.
         in_force: The placement to move away from. Contiguous placement knows no schedule; another

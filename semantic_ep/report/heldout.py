@@ -12,9 +12,9 @@ import numpy as np
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.placement import Placement
-from semantic_ep.plan.requests import assign_in_windows
+from semantic_ep.plan.requests import WINDOW_REQUESTS, assign_in_windows
 from semantic_ep.plan.slices import BATCH_TOKENS, slices_in_batches
-from semantic_ep.plan.verdict import WINDOW_REQUESTS, home_ranks
+from semantic_ep.plan.verdict import home_ranks
 from semantic_ep.report.sources import HOLDOUT_DIR, PLAN_DIR, PROFILE_DIR, RunSources
 
 # Enough for a percent or two; token schedules of long traces would make a report slow.

@@ -12,9 +12,8 @@ from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.drift import advise, domain_matrix, measure_drift
 from semantic_ep.plan.effect import Workload
 from semantic_ep.plan.placement import Placement
-from semantic_ep.plan.policies import policies
 from semantic_ep.plan.solver import SemanticPolicy
-from semantic_ep.plan.verdict import home_ranks, judge, verdict
+from semantic_ep.plan.verdict import home_ranks, verdict
 from semantic_ep.topology import Topology
 from tests.unit.plan.synthetic import planted_trace
 
@@ -107,16 +106,6 @@ def test_under_all_gather_nothing_is_worth_it(planned):
     )
     assert not account["worth_it"]
     assert account["effect"]["break_even_tokens"] is None
-
-
-def test_judge_gives_a_row_a_layer_and_the_mean_of_them():
-    profiled, evaluated = planted_trace(seed=1).split(0.5, seed=0)
-    rows = judge(profiled, evaluated, policies()["contiguous"], 4, 0, "tokens")
-    assert [row["layer"] for row in rows] == [0, 1, "mean"]
-    assert rows[-1]["lar"] == pytest.approx((rows[0]["lar"] + rows[1]["lar"]) / 2)
-    assert rows[-1]["tokens_max_over_mean"] == pytest.approx(1.0, abs=0.01)
-    scheduled = judge(profiled, evaluated, policies()["contiguous"], 4, 0, "tokens", scheduled=True)
-    assert scheduled[-1]["lar"] > rows[-1]["lar"]
 
 
 def _other_domain() -> RoutingProfile:
