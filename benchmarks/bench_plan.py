@@ -303,8 +303,8 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
             "node_copies": "mean distinct nodes other than home's that a token is sent to",
             "load_max_over_mean": "activations on the busiest rank over the mean of ranks",
             "tokens_max_over_mean": "home tokens on the fullest rank over the mean of ranks",
-            "solve_seconds": "wall time of planning: placement and, if scheduled, predictor (which is "
-            "fitted once a split, for all methods)",
+            "solve_seconds": "wall time of planning: placement and, if scheduled, predictor "
+            "(fitted once a split, for all methods)",
             "peak_mb": "largest resident memory of the process of all methods on one placement, "
             "reading the trace included",
         },
