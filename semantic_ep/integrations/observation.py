@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ class RoutingObservation(ABC):
         fingerprint: ModelFingerprint,
         vocab_size: int,
         group: dist.ProcessGroup,
+        seed: int,
+        **share: Any,
     ) -> None:
         """Set the recorder up; hooks are the subclass's.
 
@@ -53,6 +56,8 @@ class RoutingObservation(ABC):
             fingerprint: The model; the hash of its routers is taken anew at each save.
             vocab_size: Token ids (V).
             group: Ranks whose counts add up, on gloo: profiles are combined on the host.
+            seed: Of the sampling of sequences: the same on ranks that see parts of the same ones.
+            share: What of the model this rank counts, as `RoutingRecorder` takes it.
         """
         self._config, self._fingerprint, self._group = config, fingerprint, group
         halflife = config.halflife_steps
@@ -63,13 +68,18 @@ class RoutingObservation(ABC):
             vocab_size=vocab_size,
             halflife_steps=None if halflife == "auto" else halflife,
             limits=CounterLimits(sample_tokens=config.sample_tokens),
-            seed=dist.get_rank(),
+            seed=seed,
+            **share,
         )
         self._handles: list[RemovableHandle] = []
 
     @abstractmethod
     def router_weights(self) -> list[Tensor]:
-        """[E, D] weight of each router in layer order; may be collective."""
+        """[E, D] weight of each router of the model in layer order; may be collective."""
+
+    def goes_on_here(self) -> bool:
+        """Whether this rank takes over its share of a saved profile; one rank for each share."""
+        return dist.get_rank() == 0
 
     def step(self) -> None:
         """The optimizer has stepped."""
@@ -133,10 +143,10 @@ class RoutingObservation(ABC):
         """Go on from the profile in a checkpoint, if it has one.
 
         Returns:
-            It, on rank 0, which holds the old counts; None elsewhere, or without one.
+            It, on the ranks that take over its counts; None elsewhere, or without one.
         """
         saved = Path(checkpoint) / PROFILE_IN_CHECKPOINT
-        if dist.get_rank() != 0 or not saved.exists():
+        if not self.goes_on_here() or not saved.exists():
             return None
         profile = RoutingProfile.read(saved)
         self.recorder.counters.restore(profile)
@@ -146,6 +156,20 @@ class RoutingObservation(ABC):
         """Remove all hooks."""
         while self._handles:
             self._handles.pop().remove()
+
+
+def group_on_host(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A gloo group of these ranks; collective over all ranks, each naming the group it is in."""
+    mine = tuple(ranks)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    group = None
+    for members in sorted(set(everyone)):
+        created = dist.new_group(list(members), backend="gloo")
+        if members == mine:
+            group = created
+    assert group is not None
+    return group
 
 
 def sequence_numbers(position_ids: Any, token_id_BS: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,13 @@ from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import ArtifactError, explain
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.samples import Part, merge_samples, no_samples
+from semantic_ep.observe.sequences import (
+    RESTORED,
+    SequenceLoads,
+    merge_sequences,
+    sampling_keys,
+    sequence_names,
+)
 from semantic_ep.observe.tables import TokenExpertTable
 
 _LARGEST_WEIGHT = 2.0**30
@@ -31,8 +38,8 @@ class RoutedTokens:
     """Routes of the real (unmasked) tokens of one micro-batch.
 
     Attributes:
-        experts: Layer -> [T, K] logical experts; -1 where a token was dropped. Layers that this
-            process does not run are absent.
+        experts: Layer -> [T, K] logical experts; -1 where a token was dropped. Of layers that this
+            process does not count, those that precede a counted one are there for transitions.
         token_id: [T] vocabulary ids, -1 where unknown.
         sequence: [T] number of the sequence that a token belongs to, from 0, not decreasing.
     """
@@ -73,8 +80,25 @@ class RoutingCounters:
         halflife_steps: float | None = None,
         limits: CounterLimits | None = None,
         seed: int = 0,
+        layers: Collection[int] | None = None,
+        counts_tokens: bool = True,
     ) -> None:
-        """Start at zero; `seed` must differ between processes whose counters are combined."""
+        """Start at zero.
+
+        Args:
+            num_layers: MoE layers of the whole model (L).
+            num_experts: Logical experts a layer (E).
+            top_k: Experts a token activates (K).
+            vocab_size: Token ids (V).
+            halflife_steps: Optimizer steps after which a count weighs half; None keeps all.
+            limits: Bounds on memory.
+            seed: Of the sampling of sequences. Processes that see parts of the same sequences,
+                other tokens or other layers, in equally many micro-batches, have the same one;
+                all others must differ.
+            layers: Layers that this process counts; None for all.
+            counts_tokens: Whether this process counts the tokens themselves; of processes that see
+                other layers of the same tokens, one does.
+        """
         self.limits = limits or CounterLimits()
         self._layers, self._experts, self._top_k = num_layers, num_experts, top_k
         self._vocab = vocab_size
@@ -88,45 +112,50 @@ class RoutingCounters:
             "transition": np.zeros((max(num_layers - 1, 0), num_experts**2)),
             "tokens": np.zeros(1),
         }
-        self._tables = [
-            TokenExpertTable(vocab_size * num_experts, self.limits.table_bytes)
-            for _ in range(num_layers)
-        ]
-        self._rng = np.random.default_rng(seed)
+        self._tables = {
+            layer: TokenExpertTable(vocab_size * num_experts, self.limits.table_bytes)
+            for layer in (range(num_layers) if layers is None else sorted(layers))
+        }
+        self._counts_tokens = counts_tokens
+        self._seed, self._micro_batches = seed, 0
         affordable = self.limits.sequence_bytes // (4 * num_layers * num_experts)
         self._capacity = min(self.limits.max_sequences, affordable)
-        self._sequences: Part = {
-            "key": np.zeros(0),
-            "load": np.zeros((0, num_layers, num_experts), np.float32),
-        }
+        self._sequences = SequenceLoads(
+            self._capacity, num_layers=num_layers, num_experts=num_experts
+        )
         self._samples = no_samples(num_layers, top_k)
         self._window, self._window_tokens = no_samples(num_layers, top_k), 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        parts = (self._totals, self._sequences, self._samples, self._window)
-        return sum(array.nbytes for part in parts for array in part.values()) + sum(
-            table.nbytes for table in self._tables
+        parts = (self._totals, self._samples, self._window)
+        return (
+            sum(array.nbytes for part in parts for array in part.values())
+            + sum(table.nbytes for table in self._tables.values())
+            + self._sequences.nbytes
         )
 
     def add(self, routed: RoutedTokens) -> None:
         """Count a micro-batch."""
         experts = {layer: e.astype(np.int64) for layer, e in routed.experts.items()}
-        self._totals["tokens"] += self._weight * len(routed.token_id)
         known = routed.token_id >= 0
         ids = routed.token_id[known].astype(np.int64)
-        self._totals["token_count"] += self._weight * np.bincount(ids, minlength=self._vocab)
-        for layer, e in experts.items():
+        if self._counts_tokens:
+            self._totals["tokens"] += self._weight * len(routed.token_id)
+            self._totals["token_count"] += self._weight * np.bincount(ids, minlength=self._vocab)
+        for layer in self._tables.keys() & experts.keys():
+            e = experts[layer]
             self._count("load", layer, e.ravel(), self._experts)
             first, second = np.triu_indices(e.shape[1], k=1)
             self._count_pairs("coactivation", layer, e[:, first], e[:, second])
             cells = ids[:, None] * self._experts + e[known]
             self._tables[layer].add(cells[e[known] >= 0], self._weight)
-            if layer + 1 in experts:
-                following = experts[layer + 1]
-                self._count_pairs("transition", layer, e[:, :, None], following[:, None, :])
+            if layer - 1 in experts:
+                before = experts[layer - 1]
+                self._count_pairs("transition", layer - 1, before[:, :, None], e[:, None, :])
         self._sample(experts, routed)
+        self._micro_batches += 1
 
     def step(self) -> None:
         """Advance the clock of the decay by one optimizer step."""
@@ -157,25 +186,25 @@ class RoutingCounters:
                 )
             )
         upper = np.triu(np.ones((self._experts, self._experts)), k=1)
-        self._totals["load"] += self._weight * profile.load
-        self._totals["token_count"] += self._weight * profile.token_count
-        self._totals["tokens"] += self._weight * profile.tokens
-        self._totals["coactivation"] += self._weight * (profile.coactivation * upper).reshape(
-            self._layers, -1
-        )
-        self._totals["transition"] += self._weight * profile.transition.reshape(
-            -1, self._experts**2
-        )
-        for table, saved, lost in zip(
-            self._tables, profile.token_expert, profile.dropped_mass, strict=True
-        ):
+        if self._counts_tokens:
+            self._totals["token_count"] += self._weight * profile.token_count
+            self._totals["tokens"] += self._weight * profile.tokens
+        loads = np.zeros_like(profile.sequence_load)
+        for layer, table in self._tables.items():
+            self._totals["load"][layer] += self._weight * profile.load[layer]
+            together = profile.coactivation[layer] * upper
+            self._totals["coactivation"][layer] += self._weight * together.ravel()
+            if layer:
+                before = profile.transition[layer - 1]
+                self._totals["transition"][layer - 1] += self._weight * before.ravel()
+            saved, lost = profile.token_expert[layer], profile.dropped_mass[layer]
             coordinates = saved.tocoo()
             cells = coordinates.row.astype(np.int64) * self._experts + coordinates.col
             table.add_counts(cells, self._weight * coordinates.data.astype(np.float64))
-            kept = float(saved.sum())
-            table.dropped += self._weight * kept * lost / max(1 - lost, 1e-12)
-        keys = self._keys(len(profile.sequence_load))
-        self._keep_sequences(keys, profile.sequence_load)
+            table.dropped += self._weight * float(saved.sum()) * lost / max(1 - lost, 1e-12)
+            loads[:, layer] = profile.sequence_load[:, layer]
+        names = sequence_names(self._seed, RESTORED, np.arange(len(loads)))
+        self._sequences.add(names, self._keys(names), loads)
 
     def part_names(self) -> list[str]:
         """Names of a profile's parts, in the order in which every process must combine them."""
@@ -191,12 +220,12 @@ class RoutingCounters:
         if name == "totals":
             return {key: array / self._weight for key, array in self._totals.items()}
         if name == "sequences":
-            return dict(self._sequences)
+            return self._sequences.part()
         if name == "samples":
             return dict(self._samples)
         if name == "window":
             return dict(self._window)
-        table = self._tables[int(name.removeprefix("table."))]
+        table = self._tables.get(int(name.removeprefix("table.")), TokenExpertTable(0, 0))
         cells, counts = table.counts()
         return {
             "cells": cells,
@@ -209,9 +238,7 @@ class RoutingCounters:
         if name == "totals":
             return {key: one[key] + other[key] for key in one}
         if name == "sequences":
-            keys = np.concatenate([one["key"], other["key"]])
-            best = np.argsort(keys, kind="stable")[: self._capacity]
-            return {key: np.concatenate([one[key], other[key]])[best] for key in one}
+            return merge_sequences(one, other, self._capacity)
         if name == "samples":
             return merge_samples(one, other, self.limits.sample_tokens)
         if name == "window":
@@ -277,30 +304,23 @@ class RoutingCounters:
             codes = codes[(first >= 0) & (second >= 0)]
         self._count(name, layer, codes.ravel(), self._experts**2)
 
-    def _keys(self, count: int) -> np.ndarray:
-        """Priorities of sequences: the smallest ones of all processes are a random sample.
-
-        Weighted sampling without replacement (P. Efraimidis, P. Spirakis, 2006) in logarithms,
-        with a sequence's weight that of its counts.
-        """
-        uniform = self._rng.random(count)
-        return np.log(-np.log1p(-uniform)) - self._decay_rate * self._step
+    def _keys(self, names: np.ndarray) -> np.ndarray:
+        return sampling_keys(names, self._decay_rate * self._step)
 
     def _sample(self, experts: Mapping[int, np.ndarray], routed: RoutedTokens) -> None:
-        _, lengths = np.unique(routed.sequence, return_counts=True)
-        keys = self._keys(len(lengths))
-        held = self._sequences["key"]
-        wanted = np.ones(len(keys), bool)
-        if len(held) >= self._capacity:
-            wanted = keys < held[-1] if self._capacity else np.zeros(len(keys), bool)
+        numbers, lengths = np.unique(routed.sequence, return_counts=True)
+        names = sequence_names(self._seed, self._micro_batches, numbers)
+        keys = self._keys(names)
+        wanted = self._sequences.wanted(keys)
         if wanted.any():
             loads = np.zeros((len(keys), self._layers, self._experts), np.float32)
             row = np.repeat(np.arange(len(keys)), lengths)
-            for layer, e in experts.items():
+            for layer in self._tables.keys() & experts.keys():
+                e = experts[layer]
                 codes = (row[:, None] * self._experts + e)[e >= 0]
                 counts = np.bincount(codes, minlength=len(keys) * self._experts)
                 loads[:, layer] = counts.reshape(len(keys), self._experts)
-            self._keep_sequences(keys[wanted], loads[wanted])
+            self._sequences.add(names[wanted], keys[wanted], loads[wanted])
         complete = len(experts) == self._layers and all(
             e.min(initial=0) >= 0 for e in experts.values()
         )
@@ -318,13 +338,9 @@ class RoutingCounters:
             self._samples = merge_samples(self._samples, arrived, self.limits.sample_tokens)
             self._window = merge_samples(self._window, arrived, self._window_tokens)
 
-    def _keep_sequences(self, keys: np.ndarray, loads: np.ndarray) -> None:
-        arrived = {"key": keys, "load": loads.astype(np.float32)}
-        self._sequences = self.combine("sequences", self._sequences, arrived)
-
     def _rescale(self) -> None:
         for array in self._totals.values():
             array /= self._weight
-        for table in self._tables:
+        for table in self._tables.values():
             table.scale(1 / self._weight)
         self._weight = 1.0

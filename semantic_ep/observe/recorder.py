@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import distributed as dist
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import BackendError, explain
 from semantic_ep.observe.counters import CounterLimits, RoutedTokens, RoutingCounters
+from semantic_ep.observe.reduction import reduce_to_first
 from semantic_ep.observe.samples import Part, trace_of
 
 if TYPE_CHECKING:
@@ -60,8 +61,16 @@ class RoutingSink(Protocol):
 
 
 @dataclasses.dataclass(kw_only=True)
-class _MicroBatch:
-    """Routes of one forward pass, still on the device or on their way from it."""
+class MicroBatch:
+    """Routes of one forward pass, still on the device or on their way from it.
+
+    Attributes:
+        token_id_T: [T] vocabulary ids, None where unknown.
+        mask_T: [T] non-zero for real tokens; None if all are.
+        sequence_T: [T] number of each token's sequence; None for one sequence.
+        experts: Layer -> [T, K] logical experts, -1 where a token was dropped.
+        arrived: CUDA event after which all of these are on the host; None if they are.
+    """
 
     token_id_T: Tensor | None
     mask_T: Tensor | None
@@ -83,6 +92,9 @@ class RoutingRecorder:
         halflife_steps: float | None = None,
         limits: CounterLimits | None = None,
         seed: int = 0,
+        layers: Collection[int] | None = None,
+        counts_tokens: bool = True,
+        complete: Callable[[list[MicroBatch]], list[MicroBatch]] | None = None,
     ) -> None:
         """Start with empty counters.
 
@@ -93,7 +105,11 @@ class RoutingRecorder:
             vocab_size: Token ids (V).
             halflife_steps: Optimizer steps after which a count weighs half; None keeps all.
             limits: Bounds on memory.
-            seed: Of the sampling of sequences; give each data-parallel rank another.
+            seed: See `RoutingCounters`; give each data-parallel rank another.
+            layers: See `RoutingCounters`.
+            counts_tokens: See `RoutingCounters`.
+            complete: Called at each step with its micro-batches, all on the host; returns those
+                to count. For what this process must ask of others.
         """
         self.counters = RoutingCounters(
             num_layers=num_layers,
@@ -103,9 +119,12 @@ class RoutingRecorder:
             halflife_steps=halflife_steps,
             limits=limits,
             seed=seed,
+            layers=layers,
+            counts_tokens=counts_tokens,
         )
-        self._open: _MicroBatch | None = None
-        self._buffer: list[_MicroBatch] = []
+        self._complete = complete
+        self._open: MicroBatch | None = None
+        self._buffer: list[MicroBatch] = []
         self._worker: _Worker | None = None
         self._warned = False
 
@@ -124,7 +143,7 @@ class RoutingRecorder:
             sequence_T: [T] number of each token's sequence in this pass; None for one sequence.
         """
         self._close()
-        self._open = _MicroBatch(token_id_T=token_id_T, mask_T=mask_T, sequence_T=sequence_T)
+        self._open = MicroBatch(token_id_T=token_id_T, mask_T=mask_T, sequence_T=sequence_T)
 
     def ignore_pass(self) -> None:
         """Close the micro-batch: until the next one is opened, `record` does nothing."""
@@ -167,6 +186,9 @@ class RoutingRecorder:
         self._close()
         buffer, self._buffer = self._buffer, []
         on_device = any(batch.arrived is not None for batch in buffer)
+        if self._complete is not None:
+            _wait_for(buffer)
+            buffer = self._complete(buffer)
         if self._worker is None and on_device:
             self._worker = _Worker(self.counters)
         if self._worker is not None:
@@ -232,20 +254,21 @@ class RoutingRecorder:
         self.flush()
         parts: dict[str, Part] = {}
         for name in names:
-            part = _reduce_to_first(name, self.counters, group)
+            part = reduce_to_first(name, self.counters, group)
             if part is not None:
                 parts[name] = part
         return parts or None
 
     def _close(self) -> None:
         batch, self._open = self._open, None
-        if batch is None or not batch.experts:
+        if batch is None or (not batch.experts and self._complete is None):
             return
         for name in ("token_id_T", "mask_T", "sequence_T"):
             tensor = getattr(batch, name)
             if tensor is not None:
                 setattr(batch, name, _to_host(tensor))
-        if any(tensor.is_pinned() for tensor in batch.experts.values()):
+        held = (batch.token_id_T, *batch.experts.values())
+        if any(tensor is not None and tensor.is_pinned() for tensor in held):
             batch.arrived = torch.cuda.Event()
             batch.arrived.record()
         self._buffer.append(batch)
@@ -256,11 +279,11 @@ class _Worker:
 
     def __init__(self, counters: RoutingCounters) -> None:
         self._counters = counters
-        self._steps: queue.Queue[list[_MicroBatch]] = queue.Queue(_MAX_STEPS_BEHIND)
+        self._steps: queue.Queue[list[MicroBatch]] = queue.Queue(_MAX_STEPS_BEHIND)
         self._failure: BaseException | None = None
         threading.Thread(target=self._run, name="routing-recorder", daemon=True).start()
 
-    def submit(self, buffer: list[_MicroBatch]) -> None:
+    def submit(self, buffer: list[MicroBatch]) -> None:
         self._raise_failure()
         self._steps.put(buffer)
 
@@ -286,18 +309,22 @@ class _Worker:
             ) from self._failure
 
 
-def _count_step(counters: RoutingCounters, buffer: list[_MicroBatch]) -> None:
+def _count_step(counters: RoutingCounters, buffer: list[MicroBatch]) -> None:
+    _wait_for(buffer)
     for batch in buffer:
-        if batch.arrived is not None:
-            batch.arrived.synchronize()
         counters.add(_routed_tokens(batch))
     counters.step()
 
 
-def _routed_tokens(batch: _MicroBatch) -> RoutedTokens:
+def _wait_for(buffer: list[MicroBatch]) -> None:
+    for batch in buffer:
+        if batch.arrived is not None:
+            batch.arrived.synchronize()
+
+
+def _routed_tokens(batch: MicroBatch) -> RoutedTokens:
     experts = {layer: tensor.numpy() for layer, tensor in batch.experts.items()}
-    lengths = {layer: len(e) for layer, e in experts.items()}
-    tokens = next(iter(lengths.values()))
+    lengths: dict[Any, int] = {layer: len(e) for layer, e in experts.items()}
     for name, tensor in (
         ("token ids", batch.token_id_T),
         ("mask", batch.mask_T),
@@ -305,7 +332,8 @@ def _routed_tokens(batch: _MicroBatch) -> RoutedTokens:
     ):
         if tensor is not None:
             lengths[name] = tensor.numel()
-    if set(lengths.values()) != {tokens}:
+    tokens = next(iter(lengths.values()), 0)
+    if set(lengths.values()) - {tokens}:
         raise BackendError(
             explain(
                 "routers and inputs of one forward pass saw different numbers of tokens",
@@ -347,44 +375,3 @@ def _in_backward() -> bool:
     `torch.utils.checkpoint` tells its recomputations apart by the same number.
     """
     return torch._C._current_graph_task_id() != -1
-
-
-def _reduce_to_first(
-    name: str, counters: RoutingCounters, group: dist.ProcessGroup | None
-) -> Part | None:
-    """Combine a part over a binary tree of ranks; the sum ends on the first rank."""
-    part = counters.part(name)
-    if group is None:
-        return part
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    distance = 1
-    while distance < size:
-        if rank % (2 * distance):
-            _send_part(part, dist.get_global_rank(group, rank - distance), group)
-            return None
-        if rank + distance < size:
-            source = dist.get_global_rank(group, rank + distance)
-            part = counters.combine(name, part, _receive_part(source, group))
-        distance *= 2
-    return part
-
-
-def _send_part(part: Part, destination: int, group: dist.ProcessGroup) -> None:
-    header = [{key: (array.shape, array.dtype.str) for key, array in part.items()}]
-    dist.send_object_list(header, dst=destination, group=group)
-    for array in part.values():
-        if array.size:
-            data = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-            dist.send(data, dst=destination, group=group)
-
-
-def _receive_part(source: int, group: dist.ProcessGroup) -> Part:
-    header: list[Any] = [None]
-    dist.recv_object_list(header, src=source, group=group)
-    part: Part = {}
-    for key, (shape, dtype) in header[0].items():
-        array = np.empty(shape, np.dtype(dtype))
-        if array.size:
-            dist.recv(torch.from_numpy(array.reshape(-1).view(np.uint8)), src=source, group=group)
-        part[key] = array
-    return part

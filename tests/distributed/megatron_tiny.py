@@ -14,7 +14,7 @@ import torch.distributed as dist
 VOCAB, SEQUENCE, BATCH, EXPERTS, LAYERS, TOP_K = 96, 16, 3, 8, 2, 2
 
 
-def start(*, tensor_parallel=1, expert_parallel=2, context_parallel=1, seed=1):
+def start(*, tensor_parallel=1, pipeline_parallel=1, expert_parallel=2, context_parallel=1, seed=1):
     """Initialise Megatron's groups and random state over the ranks of the test."""
     # Megatron's checkpoint writer starts a process, which ranks of a test may otherwise not.
     multiprocessing.current_process()._config["daemon"] = False
@@ -29,7 +29,7 @@ def start(*, tensor_parallel=1, expert_parallel=2, context_parallel=1, seed=1):
 
     parallel_state.initialize_model_parallel(
         tensor_parallel,
-        1,
+        pipeline_parallel,
         expert_model_parallel_size=expert_parallel,
         expert_tensor_parallel_size=1,
         context_parallel_size=context_parallel,
@@ -56,6 +56,8 @@ def config(**changes):
         "expert_tensor_parallel_size": 1,
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "sequence_parallel": parallel_state.get_tensor_model_parallel_world_size() > 1,
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "pipeline_dtype": torch.float32,
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "add_bias_linear": False,
         "gated_linear_unit": True,
@@ -84,7 +86,11 @@ def model(transformer_config, rows=None):
     if transformer_config.sequence_parallel:
         # Megatron's norm without Transformer Engine or Apex refuses sequence parallelism.
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
-        spec = TransformerBlockSubmodules(layer_specs=[spec] * LAYERS, layer_norm=_Norm)
+        layers = transformer_config.num_layers
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=_Norm)
+    if transformer_config.context_parallel_size > 1:
+        # Megatron's attention without Transformer Engine refuses context parallelism.
+        spec.submodules.self_attention.submodules.core_attention = _ContextParallelAttention
     if rows is not None:
         from semantic_ep.integrations.megatron.layer import PlacedLayers
         from semantic_ep.integrations.megatron.specs import place_experts
@@ -96,15 +102,50 @@ def model(transformer_config, rows=None):
             ep_size=parallel_state.get_expert_model_parallel_world_size(),
         )
         spec = place_experts(
-            spec, PlacedLayers(placement=placement, layer_ids=tuple(range(LAYERS)))
+            spec, PlacedLayers(placement=placement, layer_ids=tuple(range(len(rows))))
         )
     return GPTModel(
         config=transformer_config,
         transformer_layer_spec=spec,
         vocab_size=VOCAB,
         max_sequence_length=SEQUENCE,
-        position_embedding_type="rope",
+        # Rotary embeddings are cut to context-parallel ranks in pinned memory, which needs a GPU.
+        position_embedding_type=(
+            "rope" if transformer_config.context_parallel_size == 1 else "learned_absolute"
+        ),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
+
+
+class _ContextParallelAttention(torch.nn.Module):
+    """Causal attention over the keys and values of all context-parallel ranks."""
+
+    def __init__(self, config, *args, pg_collection, **kwargs):
+        super().__init__()
+        self.group = pg_collection.cp
+
+    def forward(self, query, key, value, *args, **kwargs):
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        key, value = (
+            gather_from_sequence_parallel_region(x, group=self.group) for x in (key, value)
+        )
+        places = [
+            places_on_rank(len(query), rank, self.group.size()) for rank in range(self.group.size())
+        ]
+        may_see = torch.cat(places) <= places[self.group.rank()][:, None]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=may_see)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def places_on_rank(length, rank, ranks):
+    """Places in a row of the `length` tokens that a context-parallel rank holds."""
+    if ranks == 1:
+        return torch.arange(length)
+    half = torch.arange(length // 2)
+    return torch.cat([half + rank * len(half), half + (2 * ranks - 1 - rank) * len(half)])
 
 
 class _Norm(torch.nn.RMSNorm):
@@ -161,24 +202,32 @@ class Trainer:
         return cls(wrapped, optimizer, get_forward_backward_func())
 
     def step(self, batches):
-        """One optimizer step over micro-batches; returns their losses."""
+        """One optimizer step over micro-batches; returns their losses, on the last stage."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self._run(batches, forward_only=False)
+        self.optimizer.step()
+        return [result["loss"] for result in results]
 
+    def evaluate(self, batches):
+        """Run micro-batches in evaluation."""
+        self.model.eval()
+        self._run(batches, forward_only=True)
+        self.model.train()
+
+    def _run(self, batches, *, forward_only):
         def forward(iterator, model):
             return model(**next(iterator)), lambda loss: (loss.mean(), {"loss": loss.mean().item()})
 
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        results = self.schedule(
+        return self.schedule(
             forward_step_func=forward,
             data_iterator=iter(batches),
             model=self.model,
             num_microbatches=len(batches),
             seq_length=SEQUENCE,
             micro_batch_size=BATCH,
-            forward_only=False,
+            forward_only=forward_only,
         )
-        self.optimizer.step()
-        return [result["loss"] for result in results]
 
     def state(self, *, loading):
         metadata = {

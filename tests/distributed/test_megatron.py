@@ -5,7 +5,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -74,84 +73,6 @@ def test_a_placed_checkpoint_loads_contiguously_at_another_expert_parallel_size(
     assert placed == pytest.approx(2 * alone, abs=1e-5)
 
 
-def _observed_and_expected(rank, world_size, directory, tensor_parallel, recompute, rows):
-    """A profile, and the same counts by a slower way: one pass for each batch, by hand."""
-    from semantic_ep.artifacts import ModelFingerprint
-    from semantic_ep.config import ObserveConfig
-    from semantic_ep.integrations.megatron import ModelObservation
-
-    tiny.start(tensor_parallel=tensor_parallel)
-    changes = {"recompute_granularity": "full", "recompute_method": "uniform"} if recompute else {}
-    if recompute:
-        changes["recompute_num_layers"] = 1
-    trainer = Trainer.build(tiny.config(**changes), rows)
-    fingerprint = ModelFingerprint(
-        architecture="gpt", layer_ids=(0, 1), num_experts=tiny.EXPERTS, top_k=tiny.TOP_K
-    )
-    observation = ModelObservation(
-        trainer.model,
-        ObserveConfig(output=str(directory / "profile")),
-        fingerprint=fingerprint,
-        vocab_size=tiny.VOCAB,
-        pad_token_id=0,
-    )
-    chunk = rank if tensor_parallel > 1 else 0
-    expected = torch.zeros(2, tiny.VOCAB, tiny.EXPERTS, dtype=torch.int64)
-    for step in range(2):
-        batches = [tiny.batch(10 * step + i, 0 if tensor_parallel > 1 else rank) for i in range(2)]
-        for each in batches:
-            ids = each["input_ids"].T.chunk(tensor_parallel)[chunk].reshape(-1)
-            for layer, hidden in enumerate(_router_inputs(trainer.model, each)):
-                weight = trainer.model.module.decoder.layers[layer].mlp.router.weight
-                chosen = (hidden.reshape(len(ids), -1) @ weight.T).topk(tiny.TOP_K).indices
-                for token, experts in zip(ids.tolist(), chosen.tolist(), strict=True):
-                    if token != 0:
-                        expected[layer, token, experts] += 1
-        trainer.step(batches)
-        observation.step()
-        _router_inputs(trainer.model, batches[0])  # An evaluation between the steps.
-    dist.all_reduce(expected)
-    profile = observation.save()
-    return expected.numpy(), profile and {
-        "load": profile.load,
-        "tokens": profile.tokens,
-        "token_expert": np.stack([table.toarray() for table in profile.token_expert]),
-        "sequences": len(profile.sequence_load),
-    }
-
-
-def _router_inputs(model, batch):
-    """What each router is given, in evaluation."""
-    seen = []
-    handles = [
-        layer.mlp.router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        for layer in model.module.decoder.layers
-    ]
-    model.eval()
-    with torch.no_grad():
-        model(**batch)
-    model.train()
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-@pytest.mark.parametrize(
-    ("tensor_parallel", "recompute", "rows"),
-    [(1, False, None), (2, True, ROWS)],
-)
-def test_a_profile_counts_every_training_token_once_with_its_logical_experts(
-    tmp_path, tensor_parallel, recompute, rows
-):
-    results = run_ranks(_observed_and_expected, 2, tmp_path, tensor_parallel, recompute, rows)
-    expected, profile = results[0]
-    np.testing.assert_array_equal(profile["token_expert"], expected)
-    np.testing.assert_array_equal(profile["load"], expected.sum(axis=1))
-    assert profile["tokens"] * tiny.TOP_K == expected[0].sum()
-    assert profile["sequences"] == (4 * tiny.BATCH * 2)  # Both ranks see a part of each.
-    assert results[1][1] is None
-
-
 def _errors(rank, world_size):
     from semantic_ep.artifacts import ModelFingerprint
     from semantic_ep.config import ObserveConfig, SemanticEPConfig
@@ -193,14 +114,19 @@ def _errors(rank, world_size):
         architecture="gpt", layer_ids=(0, 1), num_experts=tiny.EXPERTS, top_k=tiny.TOP_K
     )
 
-    def observe(model):
-        return ModelObservation(
-            model, ObserveConfig(output="x"), fingerprint=fingerprint, vocab_size=tiny.VOCAB
-        )
+    def observe(model, **settings):
+        observed = ObserveConfig(output="x", **settings)
+        return ModelObservation(model, observed, fingerprint=fingerprint, vocab_size=tiny.VOCAB)
 
     graphed = tiny.model(tiny.config(), ROWS)
     graphed.config.cuda_graph_impl = "local"
     expect(ConfigError, lambda: observe(graphed))
+    interleaved = tiny.model(tiny.config(), ROWS)
+    interleaved.config.virtual_pipeline_model_parallel_size = 2
+    expect(ConfigError, lambda: observe(interleaved))
+    staged = tiny.model(tiny.config(), ROWS)
+    staged.config.pipeline_model_parallel_size = 2
+    expect(ConfigError, lambda: observe(staged, sample_tokens=100))
     observe(placed)
     without_ids = {**tiny.batch(0, rank), "input_ids": None}
     expect(ConfigError, lambda: placed(**without_ids))
@@ -220,6 +146,8 @@ def test_what_cannot_work_is_refused_with_the_reason():
             "--semantic-ep-groups-scope",
             "--moe-token-dispatcher-type",
             "--cuda-graph-impl",
+            "--num-layers-per-virtual-pipeline-stage",
+            "--semantic-ep-observe-sample-tokens",
             "without token ids",
         ],
         strict=True,

@@ -17,6 +17,7 @@ from semantic_ep.integrations.expert_parallel import SemanticExperts
 from semantic_ep.integrations.observation import (
     RoutingObservation,
     experts_of_map,
+    group_on_host,
     sequence_numbers,
 )
 from semantic_ep.integrations.transformers import MoELayerSite, find_moe_layers
@@ -138,7 +139,13 @@ class EngineObservation(RoutingObservation):
         self._routers = find_routers(engine.module)
         _check_shape(self._routers, fingerprint)
         group, counts_here = _data_parallel_group(engine)
-        super().__init__(config, fingerprint=fingerprint, vocab_size=vocab_size, group=group)
+        super().__init__(
+            config,
+            fingerprint=fingerprint,
+            vocab_size=vocab_size,
+            group=group,
+            seed=dist.get_rank(),
+        )
         if counts_here:
             self._attach(engine.module)
 
@@ -250,16 +257,8 @@ def _data_parallel_group(engine: Any) -> tuple[dist.ProcessGroup, bool]:
                     do="Remove it, or set semantic_ep.enabled to false",
                 )
             )
-    mine = tuple(dist.get_process_group_ranks(engine.data_parallel_group))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    group = None
-    for ranks in sorted(set(everyone)):
-        created = dist.new_group(list(ranks), backend="gloo")
-        if ranks == mine:
-            group = created
-    assert group is not None
-    return group, 0 in mine
+    ranks = dist.get_process_group_ranks(engine.data_parallel_group)
+    return group_on_host(ranks), 0 in ranks
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

@@ -2,12 +2,14 @@
 
 Each training token counts once: a micro-batch is open while the model's own `forward` runs in
 training mode with gradients, so that neither evaluation nor the recomputation of activations, which
-runs in the backward pass, is counted.
+runs in the backward pass, is counted. Each rank counts what its own routers see. Sequence and
+context parallelism give them different tokens; pipeline stages see the same tokens and count
+different layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from torch import distributed as dist
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import ObserveConfig
 from semantic_ep.errors import ConfigError, explain
+from semantic_ep.integrations.megatron.sequences import sequences_of_batch
+from semantic_ep.integrations.megatron.stages import StageExchange
 from semantic_ep.integrations.observation import (
     RoutingObservation,
     experts_of_map,
-    sequence_numbers,
+    group_on_host,
 )
 
 
@@ -29,8 +33,9 @@ class ModelObservation(RoutingObservation):
     """Observes the routers of one Megatron model.
 
     The forward pass must get its token ids as `input_ids`, [batch, sequence], already cut to this
-    context-parallel rank, as Megatron's own batches are. Of tensor-parallel ranks that see the same
-    tokens the first one counts; with sequence parallelism each counts its part of every sequence.
+    context-parallel rank, as Megatron's own batches are. Of pipeline stages only the first needs
+    them. Of tensor-parallel ranks that see the same tokens the first one counts; with sequence
+    parallelism each counts its part of every sequence.
     """
 
     framework = "megatron-core"
@@ -59,36 +64,58 @@ class ModelObservation(RoutingObservation):
         """
         while hasattr(model, "module"):
             model = model.module
-        self._layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-        _check_hookable(model.config, self._layers)
+        _check_hookable(model.config, config)
+        self._routers = _routers_by_layer(model, fingerprint)
+        groups = model.pg_collection
+        self._tensor_parallel, self._context_parallel = groups.tp, groups.cp
+        self._pipeline = dist.get_process_group_ranks(groups.pp)
+        self._is_first_stage = groups.pp.rank() == 0
+        self._sequence_parallel = bool(model.config.sequence_parallel)
+        self._pad_token_id, self._top_k = pad_token_id, fingerprint.top_k
+        self._in_pass = False
+        self._stages, share = None, {}
+        if len(self._pipeline) > 1:
+            layers = tuple(self._routers)
+            self._stages = StageExchange(group_on_host(self._pipeline), layers, top_k=self._top_k)
+            share = {
+                "layers": layers,
+                "counts_tokens": self._is_first_stage,
+                "complete": self._stages.complete,
+            }
         super().__init__(
             config,
             fingerprint=fingerprint,
             vocab_size=vocab_size,
             group=dist.new_group(backend="gloo"),
+            seed=_first_rank_with_same_batch((groups.tp, groups.cp, groups.pp)),
+            **share,
         )
-        self._pad_token_id = pad_token_id
-        self._tensor_parallel = self._layers[0].attn_tp_group
-        self._sequence_parallel = bool(model.config.sequence_parallel)
-        self._top_k = int(model.config.moe_router_topk)
-        self._shape_BS: tuple[int, int] | None = None
         if self._sequence_parallel or self._tensor_parallel.rank() == 0:
             self._attach(model)
 
     def router_weights(self) -> list[Tensor]:
-        """See `RoutingObservation`."""
-        return [layer.router.weight for layer in self._layers]
+        """See `RoutingObservation`; collective over the pipeline."""
+        own = {layer: router.weight for layer, router in self._routers.items()}
+        return list(own.values()) if self._stages is None else self._stages.weights(own)
+
+    def goes_on_here(self) -> bool:
+        """See `RoutingObservation`; each stage takes over its own layers."""
+        return 0 in self._pipeline
 
     def _attach(self, model: nn.Module) -> None:
         self._handles += [
             model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
             model.register_forward_hook(self._end_pass, always_call=True),
         ]
-        for ordinal, layer in enumerate(self._layers):
-            self._handles.append(layer.router.register_forward_hook(self._on_route(ordinal)))
+        for layer, router in self._routers.items():
+            self._handles.append(router.register_forward_hook(self._on_route(layer)))
 
     def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (model.training and torch.is_grad_enabled()):
+            return
+        self._in_pass = True
+        if not self._is_first_stage:
+            self.recorder.start_micro_batch()
             return
         token_id_BS = kwargs.get("input_ids", args[0] if args else None)
         if token_id_BS is None:
@@ -102,46 +129,81 @@ class ModelObservation(RoutingObservation):
         padding_BS = kwargs.get("padding_mask")
         if padding_BS is None and self._pad_token_id is not None:
             padding_BS = token_id_BS == self._pad_token_id
-        sequence_BS = sequence_numbers(kwargs.get("position_ids"), token_id_BS)
-        token_id_BS = self._local(token_id_BS)
-        self._shape_BS = tuple(token_id_BS.shape)
+        sequence_BS = sequences_of_batch(
+            token_id_BS,
+            position_ids=kwargs.get("position_ids", args[1] if len(args) > 1 else None),
+            packed_seq_params=kwargs.get("packed_seq_params"),
+            context_parallel=self._context_parallel,
+        )
         self.recorder.start_micro_batch(
-            token_id_BS.reshape(-1),
-            mask_T=None if padding_BS is None else ~self._local(padding_BS).reshape(-1),
-            sequence_T=self._local(sequence_BS).reshape(-1),
+            self._as_routed(token_id_BS),
+            mask_T=None if padding_BS is None else ~self._as_routed(padding_BS),
+            sequence_T=self._as_routed(sequence_BS),
         )
 
     def _end_pass(self, *_: Any) -> None:
-        self._shape_BS = None
+        self._in_pass = False
         self.recorder.ignore_pass()
 
-    def _local(self, values_BS: Tensor) -> Tensor:
-        """The part of each sequence that the routers of this rank see."""
-        if not self._sequence_parallel:
-            return values_BS
-        group = self._tensor_parallel
-        return values_BS.chunk(group.size(), dim=1)[group.rank()]
+    def _as_routed(self, values_BS: Tensor) -> Tensor:
+        """[T] values of the tokens that the routers of this rank see, in their order.
 
-    def _on_route(self, ordinal: int) -> Callable[..., None]:
+        They see sequences side by side: token t of every row, then token t + 1.
+        """
+        if self._sequence_parallel:
+            group = self._tensor_parallel
+            values_BS = values_BS.chunk(group.size(), dim=1)[group.rank()]
+        return values_BS.t().reshape(-1)
+
+    def _on_route(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
-            if self._shape_BS is None:
-                return
-            expert_TK = experts_of_map(output[1].detach(), self._top_k)
-            rows, length = self._shape_BS
-            if len(expert_TK) == rows * length:
-                # Routers see sequences side by side: token t of every row, then token t + 1.
-                expert_TK = expert_TK.view(length, rows, -1).transpose(0, 1).flatten(0, 1)
-            self.recorder.record(ordinal, expert_TK)
+            if self._in_pass:
+                self.recorder.record(layer, experts_of_map(output[1].detach(), self._top_k))
 
         return hook
 
 
-def _check_hookable(config: Any, layers: list[MoELayer]) -> None:
-    """Refuse to observe where Python hooks would not see every token exactly once."""
-    if not layers:
+def _routers_by_layer(model: nn.Module, fingerprint: ModelFingerprint) -> dict[int, nn.Module]:
+    """Routers that this rank runs, by the index of their MoE layer in the whole model.
+
+    Raises:
+        ConfigError: They are not those of the fingerprint.
+    """
+    if not fingerprint.layer_ids:
         raise ConfigError(
             explain("there is no MoE layer to observe", where="--num-experts", do="Set it")
         )
+    routers = {}
+    for module in model.modules():
+        if not isinstance(module, MoELayer):
+            continue
+        layer = module.layer_number - 1  # Megatron numbers the layers of the whole model, from 1.
+        if layer not in fingerprint.layer_ids:
+            raise ConfigError(
+                explain(
+                    f"layer {layer} is an MoE layer, which the model's fingerprint does not know",
+                    allowed=f"MoE layers {list(fingerprint.layer_ids)}",
+                )
+            )
+        routers[fingerprint.layer_ids.index(layer)] = module.router
+    return routers
+
+
+def _first_rank_with_same_batch(groups: Collection[dist.ProcessGroup]) -> int:
+    """The first of the ranks that work on this rank's batch, in whatever way; collective."""
+    neighbours = {rank for group in groups for rank in dist.get_process_group_ranks(group)}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, neighbours)
+    reached: set[int] = set()
+    left = {dist.get_rank()}
+    while left:
+        reached |= left
+        left = set().union(*(everyone[rank] for rank in left)) - reached
+    return min(reached)
+
+
+def _check_hookable(config: Any, observe: ObserveConfig) -> None:
+    """Refuse to observe where Python hooks would not see every token exactly once."""
     obstacles = {
         "--cuda-graph-impl": getattr(config, "cuda_graph_impl", "none") not in (None, "none"),
         "--enable-cuda-graph": getattr(config, "enable_cuda_graph", False),
@@ -150,7 +212,7 @@ def _check_hookable(config: Any, layers: list[MoELayer]) -> None:
             config, "overlap_moe_expert_parallel_comm", False
         ),
         "--mtp-num-layers": getattr(config, "mtp_num_layers", None),
-        "--pipeline-model-parallel-size": config.pipeline_model_parallel_size > 1,
+        "--num-layers-per-virtual-pipeline-stage": config.virtual_pipeline_model_parallel_size,
     }
     for flag, present in obstacles.items():
         if present:
@@ -161,3 +223,12 @@ def _check_hookable(config: Any, layers: list[MoELayer]) -> None:
                     do=f"Unset {flag}, or unset --semantic-ep-observe-output",
                 )
             )
+    if observe.sample_tokens and config.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            explain(
+                "no pipeline stage sees a token's routes in all layers, which a trace holds",
+                where="semantic_ep.observe.sample_tokens, --semantic-ep-observe-sample-tokens",
+                got=observe.sample_tokens,
+                allowed="0 with --pipeline-model-parallel-size above 1",
+            )
+        )

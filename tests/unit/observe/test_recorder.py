@@ -267,6 +267,45 @@ def test_sampled_sequences_of_two_processes_combine_into_a_random_sample():
     assert kept.max() < 18.75 + 5 * 4.05
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_processes_that_see_parts_of_a_batch_combine_to_one_that_sees_all_of_it(seed):
+    rng = np.random.default_rng(seed)
+    limits = CounterLimits(max_sequences=5)
+    shape = {"num_layers": LAYERS, "num_experts": EXPERTS, "top_k": TOP_K, "vocab_size": VOCAB}
+    whole = RoutingCounters(**shape, limits=limits)
+    stages = ((0,), (1, 2))  # Each layer is counted by one of two stages,
+    parts = [
+        (layers, half, RoutingCounters(**shape, limits=limits, layers=layers, counts_tokens=not i))
+        for i, layers in enumerate(stages)
+        for half in (0, 1)  # and each token by one of two ranks.
+    ]
+    for _ in range(4):
+        routes, ids = random_routes(rng, 16)
+        sequence, side = np.sort(rng.integers(0, 6, 16)), rng.integers(0, 2, 16)
+
+        def routed(tokens, layers, routes=routes, ids=ids, sequence=sequence):
+            return RoutedTokens(
+                experts={layer: routes[tokens, layer] for layer in layers},
+                token_id=ids[tokens],
+                sequence=sequence[tokens],
+            )
+
+        whole.add(routed(slice(None), range(LAYERS)))
+        for layers, half, counters in parts:
+            counters.add(routed(side == half, [*range(layers[0])[-1:], *layers]))
+    combined = {}
+    for name in whole.part_names():
+        first, *others = (counters.part(name) for _, _, counters in parts)
+        for other in others:
+            first = whole.combine(name, first, other)
+        combined[name] = first
+    found = whole.profile(combined, FINGERPRINT)
+    expected = whole.profile({name: whole.part(name) for name in combined}, FINGERPRINT)
+    assert len(expected.sequence_load) == 5
+    assert_same_counts(found, expected)
+
+
 def test_a_sampled_trace_holds_whole_sequences_within_its_limit():
     recorder = make_recorder(limits=CounterLimits(sample_tokens=20))
     rng = np.random.default_rng(6)

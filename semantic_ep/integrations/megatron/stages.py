@@ -1,0 +1,117 @@
+"""What pipeline stages tell each other so that each can count its own MoE layers.
+
+All stages run the same micro-batches in the same order, but only the first has the token ids, and
+pairs of experts in successive layers may lie on two stages. Both travel once a step, on the host: a
+few bytes a token, next to the activations that stages exchange anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from semantic_ep.errors import BackendError, explain
+from semantic_ep.observe.recorder import MicroBatch
+
+
+class StageExchange:
+    """The exchange of one pipeline; calls are collective over its stages."""
+
+    def __init__(self, group: dist.ProcessGroup, layers: Sequence[int], *, top_k: int) -> None:
+        """Tell each other who runs what.
+
+        Args:
+            group: The stages, on gloo; the first one has the token ids.
+            layers: MoE layers of this stage, as indices among those of the model.
+            top_k: Experts a token activates (K).
+        """
+        self._group, self._top_k = group, top_k
+        everyone: list[Sequence[int]] = [()] * group.size()
+        dist.all_gather_object(everyone, tuple(layers), group=group)
+        self.owner = {layer: stage for stage, owned in enumerate(everyone) for layer in owned}
+        """MoE layer -> the stage that runs it."""
+
+    def complete(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Add token ids, and routes of layers that precede a stage, to a step's micro-batches.
+
+        Raises:
+            BackendError: Stages ran different micro-batches.
+        """
+        lengths = self._share_tokens(batches)
+        if lengths:
+            self._pass_routes_on(batches, lengths)
+        return batches
+
+    def weights(self, own: dict[int, Tensor]) -> list[Tensor]:
+        """The tensors of all stages in layer order, on the host; `own` are this stage's."""
+        found = []
+        for layer, stage in sorted(self.owner.items()):
+            message = [tuple(own[layer].shape) if layer in own else None]
+            dist.broadcast_object_list(message, self._global(stage), group=self._group)
+            tensor = own[layer].detach().float().cpu() if layer in own else torch.empty(message[0])
+            dist.broadcast(tensor, self._global(stage), group=self._group)
+            found.append(tensor)
+        return found
+
+    def _global(self, stage: int) -> int:
+        return dist.get_global_rank(self._group, stage)
+
+    def _share_tokens(self, batches: list[MicroBatch]) -> list[int]:
+        """Send the first stage's token ids, masks and sequences; returns tokens a micro-batch."""
+        first = self._group.rank() == 0
+        message = [[batch.token_id_T.numel() for batch in batches] if first else None]
+        dist.broadcast_object_list(message, self._global(0), group=self._group)
+        lengths: list[int] = message[0]
+        if len(lengths) != len(batches):
+            raise BackendError(
+                explain(
+                    "pipeline stages ran different numbers of training passes in one step",
+                    got=f"{len(batches)} on stage {self._group.rank()}",
+                    allowed=f"{len(lengths)}, as on the first stage",
+                    do="Call step() of the observation on every stage after each optimizer step",
+                )
+            )
+        if not lengths:
+            return lengths
+        tokens = torch.empty(3, sum(lengths), dtype=torch.int32)
+        if first:
+            tokens = torch.cat([_described(batch) for batch in batches], dim=1)
+        dist.broadcast(tokens, self._global(0), group=self._group)
+        for batch, (ids, mask, sequence) in zip(batches, tokens.split(lengths, 1), strict=True):
+            batch.token_id_T, batch.mask_T, batch.sequence_T = ids, mask, sequence
+        return lengths
+
+    def _pass_routes_on(self, batches: list[MicroBatch], lengths: list[int]) -> None:
+        here = self._group.rank()
+        sent, awaited = [], []
+        for layer, stage in self.owner.items():
+            following = self.owner.get(layer + 1, stage)
+            if stage == following:
+                continue
+            if stage == here:
+                routes = torch.cat([batch.experts[layer].to(torch.int16) for batch in batches])
+                destination = self._global(following)
+                # The request does not keep the tensor alive.
+                request = dist.isend(routes, destination, group=self._group, tag=layer)
+                sent.append((request, routes))
+            elif following == here:
+                awaited.append((layer, self._global(stage)))
+        for layer, source in awaited:
+            routes = torch.empty(sum(lengths), self._top_k, dtype=torch.int16)
+            dist.recv(routes, source, group=self._group, tag=layer)
+            for batch, part in zip(batches, routes.split(lengths), strict=True):
+                batch.experts[layer] = part.to(torch.int32)
+        for request, _ in sent:
+            request.wait()
+
+
+def _described(batch: MicroBatch) -> Tensor:
+    """[3, T] int32: token ids, 1 for real tokens, sequence numbers."""
+    ids = batch.token_id_T.reshape(-1).to(torch.int32)
+    mask = torch.ones_like(ids) if batch.mask_T is None else batch.mask_T.reshape(-1).ne(0).int()
+    sequence = batch.sequence_T
+    sequence = torch.zeros_like(ids) if sequence is None else sequence.reshape(-1).int()
+    return torch.stack([ids, mask, sequence])

@@ -1,0 +1,195 @@
+"""Profiles of Megatron runs equal a count by hand, however the run is spread over ranks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+from semantic_ep.artifacts import ModelFingerprint
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.traces import RoutingTrace
+from tests.distributed import megatron_tiny as tiny
+from tests.distributed.launcher import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+PAD = 0
+ROWS = np.stack([np.random.default_rng(layer).permutation(tiny.EXPERTS) for layer in range(4)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How a run is spread over its ranks, and what else makes counting difficult."""
+
+    ranks: int = 2
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    layers: int = 2
+    recompute: bool = False
+    placed: bool = False
+
+    @property
+    def fingerprint(self):
+        return ModelFingerprint(
+            architecture="gpt",
+            layer_ids=tuple(range(self.layers)),
+            num_experts=tiny.EXPERTS,
+            top_k=tiny.TOP_K,
+        )
+
+
+def _batch(step, data_rank):
+    """A whole batch of packed rows: the second sequence of each starts at another place."""
+    batch = tiny.batch(step, data_rank)
+    for row, cut in enumerate((5, 8, 11)):
+        batch["position_ids"][row, cut:] -= cut
+    return batch
+
+
+def _on_this_rank(batch):
+    """The batch as Megatron's data loaders give it out: later stages get no token ids."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    batch = get_batch_on_this_cp_rank(dict(batch))
+    if not parallel_state.is_pipeline_first_stage():
+        batch |= {"input_ids": None, "position_ids": None}
+    return batch
+
+
+def _routes_by_hand(trainer, wholes):
+    """(micro-batch, row, place) -> {layer: experts} of the tokens that this rank's routers see."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    layers = [each for each in trainer.model.modules() if isinstance(each, MoELayer)]
+    seen = {layer: [] for layer in layers}
+    handles = [
+        layer.router.register_forward_pre_hook(
+            lambda _, args, layer=layer: seen[layer].append(args[0])
+        )
+        for layer in layers
+    ]
+    trainer.evaluate([_on_this_rank(whole) for whole in wholes])
+    for handle in handles:
+        handle.remove()
+    context = parallel_state.get_context_parallel_world_size()
+    places = tiny.places_on_rank(
+        tiny.SEQUENCE // context, parallel_state.get_context_parallel_rank(), context
+    ).chunk(parallel_state.get_tensor_model_parallel_world_size())
+    places = places[parallel_state.get_tensor_model_parallel_rank()].tolist()
+    routes = {}
+    for layer, passes in seen.items():
+        for micro, hidden_SBD in enumerate(passes):
+            chosen_SBK = (hidden_SBD @ layer.router.weight.T).topk(tiny.TOP_K).indices.tolist()
+            for place, chosen_BK in zip(places, chosen_SBK, strict=True):
+                for row, chosen in enumerate(chosen_BK):
+                    routes.setdefault((micro, row, place), {})[layer.layer_number - 1] = chosen
+    return routes
+
+
+def _run(rank, world_size, directory, case):
+    from megatron.core import parallel_state
+
+    from semantic_ep.config import ObserveConfig
+    from semantic_ep.integrations.megatron import ModelObservation
+
+    tiny.start(
+        tensor_parallel=case.tensor,
+        pipeline_parallel=case.pipeline,
+        context_parallel=case.context,
+    )
+    changes = {"num_layers": case.layers}
+    if case.recompute:
+        changes |= {"recompute_granularity": "full", "recompute_method": "uniform"}
+        changes["recompute_num_layers"] = 1
+    rows = ROWS[: case.layers] if case.placed else None
+    trainer = tiny.Trainer.build(tiny.config(**changes), rows)
+
+    def observe():
+        return ModelObservation(
+            trainer.model,
+            ObserveConfig(output=str(directory / "profile")),
+            fingerprint=case.fingerprint,
+            vocab_size=tiny.VOCAB,
+            pad_token_id=PAD,
+        )
+
+    observation = observe()
+    data_rank = parallel_state.get_data_parallel_rank()
+    tokens = {}
+    for step in range(3):
+        wholes = [_batch(10 * step + micro, data_rank) for micro in range(3)]
+        # Counted by hand in an evaluation just before the step, which the profile must not see.
+        for (micro, row, place), routes in _routes_by_hand(trainer, wholes).items():
+            token_id = wholes[micro]["input_ids"][row, place].item()
+            start = place - wholes[micro]["position_ids"][row, place].item()
+            tokens[data_rank, step, micro, row, start, place] = (token_id, routes)
+        trainer.step([_on_this_rank(whole) for whole in wholes])
+        observation.step()
+        if step == 1:  # An interruption, after which the counts go on from the checkpoint.
+            observation.save(directory / "checkpoint")
+            dist.barrier()
+            observation.detach()
+            observation = observe()
+            observation.restore(directory / "checkpoint")
+    hashes = [None] * world_size
+    dist.all_gather_object(hashes, observation.fingerprint().router_sha256)
+    assert len(set(hashes)) == 1
+    observation.save()
+    everyone = [None] * world_size
+    dist.all_gather_object(everyone, tokens)
+    return everyone
+
+
+def _profile_by_hand(everyone, fingerprint):
+    """The profile of all tokens but padding, each with its routes from all ranks and stages."""
+    routes, token_ids = {}, {}
+    for tokens in everyone:
+        for where, (token_id, by_layer) in tokens.items():
+            if token_id != PAD:
+                token_ids[where] = token_id
+                routes.setdefault(where, {}).update(by_layer)
+    order = sorted(routes)
+    sequences = [where[:-1] for where in order]
+    starts = [i for i in range(len(order)) if i == 0 or sequences[i] != sequences[i - 1]]
+    trace = RoutingTrace(
+        fingerprint=fingerprint,
+        experts=np.array(
+            [[routes[where][layer] for layer in fingerprint.layer_ids] for where in order], np.uint8
+        ),
+        offsets=np.array([*starts, len(order)], np.int64),
+        token_id=np.array([token_ids[where] for where in order], np.int32),
+    )
+    return RoutingProfile.from_trace(trace, vocab_size=tiny.VOCAB)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(tensor=2, recompute=True, placed=True),
+        Case(ranks=4, pipeline=2, layers=4, recompute=True, placed=True),
+        Case(ranks=4, context=2),
+    ],
+    ids=["data", "sequence", "pipeline", "context"],
+)
+def test_a_profile_counts_every_training_token_once_with_its_logical_experts(tmp_path, case):
+    everyone = run_ranks(_run, case.ranks, tmp_path, case)[0]
+    expected = _profile_by_hand(everyone, case.fingerprint)
+    profile = RoutingProfile.read(tmp_path / "profile")
+    assert profile.tokens == expected.tokens
+    for name in ("load", "token_count", "coactivation", "transition"):
+        np.testing.assert_array_equal(getattr(profile, name), getattr(expected, name), name)
+    for mine, theirs in zip(profile.token_expert, expected.token_expert, strict=True):
+        np.testing.assert_array_equal(mine.toarray(), theirs.toarray())
+
+    def sequences(loads):
+        return sorted(loads.reshape(len(loads), -1).tolist())
+
+    # Whole ones, although no rank may see more than a part of their tokens or layers.
+    assert sequences(profile.sequence_load) == sequences(expected.sequence_load)
