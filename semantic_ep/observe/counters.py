@@ -116,6 +116,7 @@ class RoutingCounters:
             layer: TokenExpertTable(vocab_size * num_experts, self.limits.table_bytes)
             for layer in (range(num_layers) if layers is None else sorted(layers))
         }
+        self._pairs = np.triu_indices(top_k, k=1)
         self._counts_tokens = counts_tokens
         self._seed, self._micro_batches = seed, 0
         affordable = self.limits.sequence_bytes // (4 * num_layers * num_experts)
@@ -138,22 +139,29 @@ class RoutingCounters:
 
     def add(self, routed: RoutedTokens) -> None:
         """Count a micro-batch."""
-        experts = {layer: e.astype(np.int64) for layer, e in routed.experts.items()}
-        known = routed.token_id >= 0
-        ids = routed.token_id[known].astype(np.int64)
+        # A dropped activation goes to an expert of its own, E, which is cut off after counting.
+        dropped = self._experts
+        experts = {
+            layer: np.where(e < 0, dropped, e).astype(np.int64)
+            for layer, e in routed.experts.items()
+        }
+        ids = routed.token_id.astype(np.int64)
+        known = ids >= 0
         if self._counts_tokens:
-            self._totals["tokens"] += self._weight * len(routed.token_id)
-            self._totals["token_count"] += self._weight * np.bincount(ids, minlength=self._vocab)
+            self._totals["tokens"] += self._weight * len(ids)
+            counts = np.bincount(ids[known], minlength=self._vocab)
+            self._totals["token_count"] += self._weight * counts
+        all_known = bool(known.all())
         for layer in self._tables.keys() & experts.keys():
             e = experts[layer]
-            self._count("load", layer, e.ravel(), self._experts)
-            first, second = np.triu_indices(e.shape[1], k=1)
-            self._count_pairs("coactivation", layer, e[:, first], e[:, second])
-            cells = ids[:, None] * self._experts + e[known]
-            self._tables[layer].add(cells[e[known] >= 0], self._weight)
+            self._count("load", layer, e)
+            self._count("coactivation", layer, e[:, self._pairs[0]], e[:, self._pairs[1]])
             if layer - 1 in experts:
-                before = experts[layer - 1]
-                self._count_pairs("transition", layer - 1, before[:, :, None], e[:, None, :])
+                self._count("transition", layer - 1, experts[layer - 1][:, :, None], e[:, None, :])
+            cells = ids[:, None] * self._experts + e
+            if not all_known or e.max(initial=0) == dropped:
+                cells = cells[known[:, None] & (e < dropped)]
+            self._tables[layer].add(cells.ravel(), self._weight)
         self._sample(experts, routed)
         self._micro_batches += 1
 
@@ -293,16 +301,13 @@ class RoutingCounters:
             },
         )
 
-    def _count(self, name: str, layer: int, codes: np.ndarray, size: int) -> None:
-        if codes.size and codes.min() < 0:
-            codes = codes[codes >= 0]
-        self._totals[name][layer] += self._weight * np.bincount(codes, minlength=size)
-
-    def _count_pairs(self, name: str, layer: int, first: np.ndarray, second: np.ndarray) -> None:
-        codes = first * self._experts + second
-        if codes.size and (first.min() < 0 or second.min() < 0):
-            codes = codes[(first >= 0) & (second >= 0)]
-        self._count(name, layer, codes.ravel(), self._experts**2)
+    def _count(self, name: str, layer: int, *experts: np.ndarray) -> None:
+        """Add how often each combination of experts occurs, those with a dropped one left out."""
+        size = self._experts + 1
+        codes = experts[0] if len(experts) == 1 else experts[0] * size + experts[1]
+        counts = np.bincount(codes.ravel(), minlength=size ** len(experts))
+        kept = counts.reshape((size,) * len(experts))[(slice(-1),) * len(experts)]
+        self._totals[name][layer] += self._weight * kept.ravel()
 
     def _keys(self, names: np.ndarray) -> np.ndarray:
         return sampling_keys(names, self._decay_rate * self._step)
@@ -315,14 +320,14 @@ class RoutingCounters:
         if wanted.any():
             loads = np.zeros((len(keys), self._layers, self._experts), np.float32)
             row = np.repeat(np.arange(len(keys)), lengths)
+            first = row[:, None] * (self._experts + 1)
             for layer in self._tables.keys() & experts.keys():
-                e = experts[layer]
-                codes = (row[:, None] * self._experts + e)[e >= 0]
-                counts = np.bincount(codes, minlength=len(keys) * self._experts)
-                loads[:, layer] = counts.reshape(len(keys), self._experts)
+                codes = (first + experts[layer]).ravel()
+                counts = np.bincount(codes, minlength=len(keys) * (self._experts + 1))
+                loads[:, layer] = counts.reshape(len(keys), -1)[:, :-1]
             self._sequences.add(names[wanted], keys[wanted], loads[wanted])
         complete = len(experts) == self._layers and all(
-            e.min(initial=0) >= 0 for e in experts.values()
+            e.max(initial=0) < self._experts for e in experts.values()
         )
         self._window["seen"] += len(routed.token_id)
         if complete and (self.limits.sample_tokens or self._window_tokens):

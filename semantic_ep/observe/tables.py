@@ -31,6 +31,9 @@ class TokenExpertTable:
 
     def add(self, cells: np.ndarray, weight: float) -> None:
         """Add `weight` to each cell, once for each time it is named."""
+        if self._dense is not None:
+            np.add.at(self._dense, cells, weight)
+            return
         unique, counts = np.unique(cells, return_counts=True)
         self.add_counts(unique, weight * counts)
 
