@@ -8,32 +8,45 @@ rank is the position of the global rank among those of its group.
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import socket
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
 from semantic_ep.errors import ConfigError, explain
+from semantic_ep.runtime.grid import (
+    DENSE_AXES,
+    DENSE_KINDS,
+    EXPERT_AXES,
+    EXPERT_KINDS,
+    ParallelSizes,
+    groups_along,
+    order_by_node,
+)
 from semantic_ep.topology import Topology
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+Scope = Literal["node", "global"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupPlan:
-    """Ranks of every expert-parallel group and of every group of expert replicas.
+    """Ranks of every group of a job.
 
     Attributes:
-        expert_parallel: Rank tuples, each rising. Ranks of one group hold different experts and
-            exchange tokens.
-        expert_data_parallel: Rank tuples, each rising. Ranks of one group hold the same experts:
-            group i has the i-th rank of every expert-parallel group. They reduce the gradients of
-            experts in training, and are independent in serving.
+        sizes: Ranks along each axis of parallelism.
+        stage_order: [stage] places within a pipeline stage in the order in which they are dealt to
+            expert-parallel groups; the same in every stage.
         node_of_rank: Node of every rank.
     """
 
-    expert_parallel: tuple[tuple[int, ...], ...]
-    expert_data_parallel: tuple[tuple[int, ...], ...]
+    sizes: ParallelSizes
+    stage_order: tuple[int, ...]
     node_of_rank: tuple[int, ...]
 
     @classmethod
@@ -43,7 +56,11 @@ class GroupPlan:
         ep_size: int,
         *,
         topology: Topology | None = None,
-        scope: Literal["node", "global"] = "node",
+        scope: Scope = "node",
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        context_parallel: int = 1,
+        expert_tensor_parallel: int | None = None,
     ) -> Self:
         """Group `world_size` ranks by `ep_size`.
 
@@ -51,22 +68,28 @@ class GroupPlan:
             world_size: All ranks.
             ep_size: Ranks in an expert-parallel group.
             topology: Node of every rank; None means one node.
-            scope: "node" fills groups node by node, so that a group of at most a node's size stays
-                inside it; "global" takes ranks in their order.
+            scope: "node" fills expert-parallel groups node by node, so that a group of at most a
+                node's size stays inside it; "global" takes ranks in their order, as Megatron does.
+                The groups of dense layers are Megatron's in both.
+            tensor_parallel: Ranks that divide each dense matrix.
+            pipeline_parallel: Stages.
+            context_parallel: Ranks that divide a sequence.
+            expert_tensor_parallel: Ranks that divide each expert; None: as `tensor_parallel`.
 
         Raises:
             ConfigError: The sizes do not divide, or with "node" a group that would fit into a node
                 cannot be kept inside one.
         """
-        where = "semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size"
-        if ep_size < 1 or world_size % ep_size:
-            raise ConfigError(
-                explain(
-                    f"ep_size = {ep_size} does not divide the world size {world_size}",
-                    where=where,
-                    allowed=[n for n in range(1, world_size + 1) if world_size % n == 0],
-                )
-            )
+        sizes = ParallelSizes(
+            world_size=world_size,
+            expert=ep_size,
+            tensor=tensor_parallel,
+            pipeline=pipeline_parallel,
+            context=context_parallel,
+            expert_tensor=tensor_parallel
+            if expert_tensor_parallel is None
+            else expert_tensor_parallel,
+        )
         topology = topology or Topology.uniform(world_size)
         if topology.ep_size != world_size:
             raise ConfigError(
@@ -76,26 +99,48 @@ class GroupPlan:
                     do="Give the topology of all ranks of the job",
                 )
             )
-        order = np.arange(world_size)
+        order = np.arange(sizes.stage)
         if scope == "node":
-            order = np.argsort(topology.nodes, kind="stable")
-            _check_fits(topology, ep_size, where)
-        groups = np.sort(order.reshape(-1, ep_size), axis=1)
+            order = order_by_node(sizes, topology)
         return cls(
-            expert_parallel=_tuples(groups),
-            expert_data_parallel=_tuples(np.sort(groups.T, axis=1)),
-            node_of_rank=topology.node_of_rank,
+            sizes=sizes, stage_order=tuple(order.tolist()), node_of_rank=topology.node_of_rank
         )
+
+    def groups(self, kind: str) -> tuple[tuple[int, ...], ...]:
+        """Rank tuples of every group of a kind, each rising.
+
+        Args:
+            kind: One of `grid.KINDS`.
+        """
+        if kind in DENSE_KINDS:
+            return groups_along(self.sizes.dense_grid(), DENSE_AXES, DENSE_KINDS[kind])
+        grid = self.sizes.expert_grid(np.array(self.stage_order))
+        groups = groups_along(grid, EXPERT_AXES, EXPERT_KINDS[kind])
+        # By node, copies of an expert need not come in the order of their ranks.
+        return tuple(tuple(sorted(group)) for group in groups)
+
+    @property
+    def expert_parallel(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks of one group hold different experts and exchange tokens."""
+        return self.groups("ep")
+
+    @property
+    def expert_data_parallel(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks of one group hold the same experts.
+
+        They reduce the gradients of experts in training, and are independent in serving.
+        """
+        return self.groups("expt_dp")
 
     @property
     def world_size(self) -> int:
         """All ranks."""
-        return len(self.node_of_rank)
+        return self.sizes.world_size
 
     @property
     def ep_size(self) -> int:
         """Ranks in an expert-parallel group (G)."""
-        return len(self.expert_parallel[0])
+        return self.sizes.expert
 
     def expert_parallel_group(self, rank: int) -> tuple[int, ...]:
         """Ranks that exchange tokens with `rank`, itself included."""
@@ -105,30 +150,17 @@ class GroupPlan:
         """[G] int64, node of each EP rank of the group of `rank`."""
         return np.array([self.node_of_rank[peer] for peer in self.expert_parallel_group(rank)])
 
-    def describe(self) -> str:
-        """One line a group, for people."""
-        lines = []
-        for name, groups in (
-            ("expert parallel", self.expert_parallel),
-            ("expert data parallel", self.expert_data_parallel),
-        ):
-            for group in groups:
-                nodes = sorted({self.node_of_rank[rank] for rank in group})
-                ranks = " ".join(map(str, group))
-                lines.append(f"{name}: ranks {ranks} (nodes {' '.join(map(str, nodes))})")
-        return "\n".join(lines)
+    def crossing_nodes(self, kind: str) -> int:
+        """Number of groups of a kind whose ranks are not all on one node."""
+        groups = self.groups(kind)
+        return sum(len({self.node_of_rank[rank] for rank in group}) > 1 for group in groups)
 
     def create(self) -> ProcessGroups:
-        """Make the process groups; every rank of the job calls this together."""
-        import torch.distributed as dist
-
-        rank = dist.get_rank()
-        mine: list[ProcessGroup] = []
-        for groups in (self.expert_parallel, self.expert_data_parallel):
-            # Every rank must create every group, also those that it is not in.
-            created = {ranks: dist.new_group(list(ranks)) for ranks in groups}
-            mine.append(next(group for ranks, group in created.items() if rank in ranks))
-        return ProcessGroups(expert_parallel=mine[0], expert_data_parallel=mine[1])
+        """Make the process groups that exchange tokens and experts' gradients; collective."""
+        return ProcessGroups(
+            expert_parallel=create_groups(self.expert_parallel),
+            expert_data_parallel=create_groups(self.expert_data_parallel),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,20 +171,33 @@ class ProcessGroups:
     expert_data_parallel: ProcessGroup
 
 
-def _check_fits(topology: Topology, ep_size: int, where: str) -> None:
-    """A group no larger than a node must not straddle nodes, a larger one must fill its nodes."""
-    sizes = np.bincount(topology.nodes)
-    fits = sizes % ep_size == 0 if ep_size <= sizes.max() else ep_size % sizes == 0
-    if not fits.all():
-        raise ConfigError(
-            explain(
-                f"ep_size = {ep_size} cannot keep groups inside nodes",
-                where=where,
-                got=f"nodes of {sorted(set(sizes.tolist()))} ranks",
-                do='Choose a size that divides every node, or set "groups.scope" to "global"',
-            )
-        )
+def topology_of_job() -> Topology:
+    """Node of every rank of the job, by host name; collective."""
+    import torch.distributed as dist
+
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    nodes = list(dict.fromkeys(names))
+    return Topology(node_of_rank=tuple(nodes.index(name) for name in names))
 
 
-def _tuples(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(group) for group in groups.tolist())
+def create_groups(
+    groups: Iterable[tuple[int, ...]],
+    *,
+    backend: str | None = None,
+    timeout: datetime.timedelta | None = None,
+) -> ProcessGroup:
+    """Make process groups that divide all ranks; returns that of this rank. Collective.
+
+    Args:
+        groups: Rank tuples, the same on every rank.
+        backend: As in `torch.distributed.new_group`; None: that of the job.
+        timeout: Of their collectives; None: torch's own.
+    """
+    import torch.distributed as dist
+
+    # Every rank must create every group, also those that it is not in.
+    created = {
+        ranks: dist.new_group(list(ranks), backend=backend, timeout=timeout) for ranks in groups
+    }
+    return next(group for ranks, group in created.items() if dist.get_rank() in ranks)

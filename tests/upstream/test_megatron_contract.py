@@ -132,3 +132,43 @@ def test_the_layer_spec_describes_its_moe_layer_in_a_form_that_is_understood():
     assert isinstance(spec, ModuleSpec)
     assert built(place_experts(spec, placed)) is SemanticMoELayer
     assert built(spec) is MoELayer
+
+
+def test_groups_in_the_order_of_ranks_are_those_of_the_installed_release():
+    from megatron.core import parallel_state
+
+    from semantic_ep.runtime.grid import DENSE_KINDS, EXPERT_KINDS
+    from semantic_ep.runtime.groups import GroupPlan
+
+    signature = inspect.signature(parallel_state.initialize_model_parallel)
+    order = signature.parameters["order"].default
+    # Each of the two grids has a generator of its own, in which its axes have the short names.
+    short = {"expt_tp": "tp", "expt_dp": "dp"}
+
+    def theirs(axes, **sizes):
+        generator = parallel_state.RankGenerator(order=order, **sizes)
+        return generator.get_ranks("-".join(short.get(axis, axis) for axis in axes))
+
+    for world in (1, 6, 8, 16, 24, 36, 64):
+        divisors = [n for n in range(1, world + 1) if world % n == 0]
+        for pp in divisors:
+            for a in divisors:
+                for b in divisors:
+                    if world % (pp * a * b):
+                        continue
+                    plan = GroupPlan.build(
+                        world,
+                        b,
+                        scope="global",
+                        tensor_parallel=a,
+                        context_parallel=b,
+                        pipeline_parallel=pp,
+                        expert_tensor_parallel=a,
+                    )
+                    rest = world // (pp * a * b)
+                    for kind, axes in DENSE_KINDS.items():
+                        wanted = theirs(axes, tp=a, cp=b, ep=1, dp=rest, pp=pp)
+                        assert list(map(list, plan.groups(kind))) == wanted
+                    for kind, axes in EXPERT_KINDS.items():
+                        wanted = theirs(axes, tp=a, cp=1, ep=b, dp=rest, pp=pp)
+                        assert list(map(list, plan.groups(kind))) == wanted

@@ -1,11 +1,82 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from semantic_ep.errors import ConfigError
+from semantic_ep.runtime.grid import DENSE_KINDS, EXPERT_KINDS, KINDS
 from semantic_ep.runtime.groups import GroupPlan
 from semantic_ep.topology import Topology
+
+
+def factorizations(world, parts):
+    """Every way to write `world` as a product of `parts` factors, in order."""
+    if parts == 1:
+        yield (world,)
+        return
+    for first in range(1, world + 1):
+        if world % first == 0:
+            for rest in factorizations(world // first, parts - 1):
+                yield (first, *rest)
+
+
+def layouts(world):
+    """(tp, cp, pp, ep, etp) in which every dense grid and every grid of experts occurs.
+
+    The two depend on each other through the pipeline size only, so not all pairs are needed.
+    """
+    for pp in (n for n in range(1, world + 1) if world % n == 0):
+        thirds = list(factorizations(world // pp, 3))
+        for (tp, cp, _), (ep, etp, _) in zip(thirds, thirds[1:] + thirds[:1], strict=True):
+            yield tp, cp, pp, ep, etp
+
+
+def plan_of(world, tp, cp, pp, ep, etp, **settings):
+    return GroupPlan.build(
+        world,
+        ep,
+        tensor_parallel=tp,
+        context_parallel=cp,
+        pipeline_parallel=pp,
+        expert_tensor_parallel=etp,
+        **settings,
+    )
+
+
+def check(plan):
+    """Each rank is in one group of each kind, of the right size, and the grids agree."""
+    sizes = plan.sizes
+    along = {
+        "tp": sizes.tensor,
+        "cp": sizes.context,
+        "dp": sizes.data,
+        "pp": sizes.pipeline,
+        "ep": sizes.expert,
+        "expt_tp": sizes.expert_tensor,
+        "expt_dp": sizes.expert_data,
+    }
+    for kind, axes in (DENSE_KINDS | EXPERT_KINDS).items():
+        groups = np.array(plan.groups(kind))
+        assert groups.shape[1] == math.prod(along[axis] for axis in axes)
+        assert np.array_equal(np.sort(groups.ravel()), np.arange(plan.world_size))
+        assert (np.diff(groups, axis=1) > 0).all()
+    stage = np.arange(plan.world_size) // sizes.stage
+    for kind in ("tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep"):
+        assert (np.ptp(stage[np.array(plan.groups(kind))], axis=1) == 0).all()
+    # Megatron reads this group as [EP, ETP]; every group of the whole holds all places.
+    grids = np.array(plan.groups("tp_ep")).reshape(-1, sizes.expert, sizes.expert_tensor)
+    assert sorted(map(tuple, grids.reshape(-1, sizes.expert_tensor).tolist())) == sorted(
+        plan.groups("expt_tp")
+    )
+    assert sorted(map(tuple, grids.transpose(0, 2, 1).reshape(-1, sizes.expert).tolist())) == (
+        sorted(plan.groups("ep"))
+    )
+    place = np.empty(plan.world_size, dtype=int)
+    place[grids] = np.arange(sizes.expert * sizes.expert_tensor).reshape(grids.shape[1:])
+    for kind in ("expt_dp", "pp"):
+        assert (np.ptp(place[np.array(plan.groups(kind))], axis=1) == 0).all()
 
 
 def test_eight_ranks_in_two_groups_of_four():
@@ -13,54 +84,89 @@ def test_eight_ranks_in_two_groups_of_four():
     assert plan.expert_parallel == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert plan.expert_data_parallel == ((0, 4), (1, 5), (2, 6), (3, 7))
     assert plan.expert_parallel_group(6) == (4, 5, 6, 7)
-    assert "expert parallel: ranks 4 5 6 7 (nodes 0)" in plan.describe()
 
 
 def test_groups_stay_inside_nodes_even_when_ranks_alternate_between_them():
     topology = Topology(node_of_rank=(0, 1, 0, 1))
-    assert GroupPlan.build(4, 2, topology=topology).expert_parallel == ((0, 2), (1, 3))
+    by_node = GroupPlan.build(4, 2, topology=topology)
+    assert by_node.expert_parallel == ((0, 2), (1, 3))
+    assert by_node.crossing_nodes("ep") == 0
     straddling = GroupPlan.build(4, 2, topology=topology, scope="global")
     assert straddling.expert_parallel == ((0, 1), (2, 3))
     assert straddling.nodes_of_group(0).tolist() == [0, 1]
+    assert straddling.crossing_nodes("ep") == 2
+
+
+def test_every_legal_combination_of_sizes_up_to_64_ranks_gives_consistent_groups():
+    for world in range(1, 65):
+        for layout in layouts(world):
+            check(plan_of(world, *layout, scope="global"))
 
 
 @given(
-    nodes=st.integers(1, 4),
-    per_node=st.integers(1, 8),
     data=st.data(),
-    scope=st.sampled_from(["node", "global"]),
+    on_node=st.lists(st.integers(1, 8), min_size=1, max_size=6),
+    pipeline=st.sampled_from([1, 2, 4]),
 )
-def test_every_rank_is_in_one_group_of_each_kind_and_the_two_meet_once(
-    nodes, per_node, data, scope
+def test_groups_by_node_are_consistent_and_cross_nodes_only_where_they_must(
+    data, on_node, pipeline
 ):
-    world = nodes * per_node
-    ep_size = data.draw(st.sampled_from([n for n in range(1, world + 1) if world % n == 0]))
-    topology = Topology.uniform(world, num_nodes=nodes)
+    stage = data.draw(st.permutations([n for n, count in enumerate(on_node) for _ in range(count)]))
+    # Stages on the same nodes, or each on nodes of its own.
+    apart = data.draw(st.booleans()) * len(on_node)
+    nodes = tuple(node + number * apart for number in range(pipeline) for node in stage)
+    tp, cp, _ = data.draw(st.sampled_from(list(factorizations(len(stage), 3))))
+    ep, etp, _ = data.draw(st.sampled_from(list(factorizations(len(stage), 3))))
+    topology = Topology(node_of_rank=nodes)
     try:
-        plan = GroupPlan.build(world, ep_size, topology=topology, scope=scope)
+        plan = plan_of(len(nodes), tp, cp, pipeline, ep, etp, topology=topology)
     except ConfigError:
-        assert scope == "node"
-        assert (per_node % ep_size if ep_size <= per_node else ep_size % per_node) != 0
+        fits = [
+            n % (ep * etp) == 0 if ep * etp <= max(on_node) else ep * etp % n == 0 for n in on_node
+        ]
+        assert not all(fits) or (etp > 1 and list(stage) != sorted(stage))
         return
-    for groups in (plan.expert_parallel, plan.expert_data_parallel):
-        assert sorted(rank for group in groups for rank in group) == list(range(world))
-        assert all(list(group) == sorted(group) for group in groups)
-    for together in plan.expert_parallel:
-        for replicas in plan.expert_data_parallel:
-            assert len(set(together) & set(replicas)) == 1
-    if scope == "node" and ep_size <= per_node:
-        assert all(len(np.unique(plan.nodes_of_group(g[0]))) == 1 for g in plan.expert_parallel)
+    check(plan)
+    if ep * etp <= max(on_node):
+        assert plan.crossing_nodes("tp_ep") == 0
+    if etp <= min(on_node):
+        assert plan.crossing_nodes("expt_tp") == 0
+    if list(stage) == sorted(stage):
+        megatrons = plan_of(
+            len(nodes), tp, cp, pipeline, ep, etp, topology=topology, scope="global"
+        )
+        assert all(plan.groups(kind) == megatrons.groups(kind) for kind in KINDS)
 
 
 @pytest.mark.parametrize(
-    ("world", "ep_size", "topology", "match"),
+    ("world", "ep_size", "settings", "match"),
     [
-        (8, 3, None, "does not divide the world size 8.*Allowed: 1, 2, 4, 8"),
-        (8, 0, None, "does not divide"),
-        (8, 4, Topology.uniform(4), "topology has 4 ranks and the job 8"),
-        (12, 4, Topology.uniform(12, num_nodes=2), "cannot keep groups inside nodes"),
+        (8, 3, {}, "ep_size = 3 does not divide the world size 8.*Allowed: 1, 2, 4, 8"),
+        (8, 0, {}, "does not divide"),
+        (
+            8,
+            4,
+            {"pipeline_parallel": 2, "expert_tensor_parallel": 2},
+            "ep_size = 4 times expert_tensor 2 x pipeline 2 does not divide.*Allowed: 1, 2",
+        ),
+        (8, 2, {"tensor_parallel": 3, "expert_tensor_parallel": 1}, "tensor = 3 does not divide"),
+        (8, 2, {"expert_tensor_parallel": 0}, "does not divide"),
+        (8, 4, {"topology": Topology.uniform(4)}, "topology has 4 ranks and the job 8"),
+        (12, 4, {"topology": Topology.uniform(12, num_nodes=2)}, "cannot keep groups inside nodes"),
+        (
+            8,
+            2,
+            {"topology": Topology(node_of_rank=(0, 0, 1, 1, 0, 1, 0, 1)), "pipeline_parallel": 2},
+            r"nodes \[0, 0, 1, 1\] of stage 0, \[0, 1, 0, 1\] of 1",
+        ),
+        (
+            4,
+            2,
+            {"topology": Topology(node_of_rank=(0, 1, 0, 1)), "expert_tensor_parallel": 2},
+            "alternate between nodes",
+        ),
     ],
 )
-def test_impossible_groups_are_refused_with_the_sizes(world, ep_size, topology, match):
+def test_impossible_groups_are_refused_with_the_sizes(world, ep_size, settings, match):
     with pytest.raises(ConfigError, match=match):
-        GroupPlan.build(world, ep_size, topology=topology)
+        GroupPlan.build(world, ep_size, **settings)
