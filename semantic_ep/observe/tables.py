@@ -67,11 +67,18 @@ class TokenExpertTable:
     def _tidy(self) -> None:
         if not self._pending:
             return
-        cells = np.concatenate([self._cells, *(cells for cells, _ in self._pending)])
-        counts = np.concatenate([self._counts, *(counts for _, counts in self._pending)])
+        cells, counts = (np.concatenate(arrays) for arrays in zip(*self._pending, strict=True))
         self._pending, self._num_pending = [], 0
-        self._cells, inverse = np.unique(cells, return_inverse=True)
-        self._counts = np.bincount(inverse, weights=counts, minlength=len(self._cells))
+        cells, inverse = np.unique(cells, return_inverse=True)
+        counts = np.bincount(inverse, weights=counts, minlength=len(cells))
+        # The cells held are in order already: only those that arrived are sorted.
+        place = np.searchsorted(self._cells, cells)
+        held = np.zeros(len(cells), bool)
+        inside = place < len(self._cells)
+        held[inside] = self._cells[place[inside]] == cells[inside]
+        self._counts[place[held]] += counts[held]
+        self._cells = np.insert(self._cells, place[~held], cells[~held])
+        self._counts = np.insert(self._counts, place[~held], counts[~held])
         if len(self._cells) > self._capacity:
             # Making room for an eighth at once keeps the cost of selection rare.
             keep = max(self._capacity * 7 // 8, 1)
