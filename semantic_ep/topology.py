@@ -231,6 +231,11 @@ class Topology:
             )
         return dataclasses.replace(self, node_of_rank=self.node_of_rank[:ep_size])
 
+    def dealt_in_turn(self) -> Topology:
+        """Return the same nodes with ranks dealt to them in turn: Slurm's cyclic distribution."""
+        seats = [(self.node_of_rank[:rank].count(n), n) for rank, n in enumerate(self.node_of_rank)]
+        return dataclasses.replace(self, node_of_rank=tuple(node for _, node in sorted(seats)))
+
     def of_ranks(self, ranks: Sequence[int]) -> Topology:
         """Return the topology of some ranks, in the given order: any EP group of a larger job."""
         nodes = [self.node_of_rank[rank] for rank in ranks]

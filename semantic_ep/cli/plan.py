@@ -91,12 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="judge, but write nothing")
 
 
-def add_topology_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare where nodes and links are read from; one node without."""
+def add_topology_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Declare where nodes and links are read from; one node without. Returns the alternatives."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--topology", type=Path, metavar="JSON", help="nodes and links of the ranks")
     where.add_argument("--hostfile", type=Path, help="DeepSpeed or MPI hostfile")
     where.add_argument("--slurm", action="store_true", help="read nodes from Slurm's variables")
+    return where
 
 
 def run(args: argparse.Namespace) -> int:

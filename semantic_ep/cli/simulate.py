@@ -1,4 +1,7 @@
-"""`semantic-ep simulate`: what a plan makes other routing cost, and whether it is out of date."""
+"""`semantic-ep simulate`: what a plan makes other routing cost, and whether it is out of date.
+
+`semantic-ep simulate groups` shows the process groups of a job instead.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,15 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
+    from semantic_ep.cli import simulate_groups
     from semantic_ep.cli.plan import add_topology_arguments
 
-    parser.add_argument("--plan", type=Path, required=True, metavar="DIR", help="plan in force")
+    others = parser.add_subparsers(metavar="[groups]", title="something else to simulate")
+    what = "show the process groups of a job of any size"
+    groups = others.add_parser("groups", help=what, description=what)
+    simulate_groups.add_arguments(groups)
+    groups.set_defaults(run=simulate_groups.run)
+    parser.add_argument("--plan", type=Path, metavar="DIR", help="plan in force")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="count this trace under the plan")
     parser.add_argument(
         "--mode", choices=("requests", "tokens"), default="requests", help="what gets a home rank"
@@ -40,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from semantic_ep.errors import ConfigError, explain
     from semantic_ep.plan.plan import Plan
 
+    if args.plan is None:
+        raise ConfigError(explain("no plan was given", where="--plan", do="Name its directory"))
     if args.trace is None and args.fresh is None:
         raise ConfigError(
             explain(

@@ -78,3 +78,7 @@ def test_uneven_spreading_and_too_few_ranks_are_refused():
     with pytest.raises(ConfigError, match="without a gap"):
         Topology(node_of_rank=(0, 2))
     assert Topology.uniform(8, num_nodes=2).first(4).num_nodes == 1
+
+
+def test_ranks_dealt_in_turn_fill_the_same_nodes():
+    assert Topology(node_of_rank=(0, 0, 0, 1)).dealt_in_turn().node_of_rank == (0, 1, 0, 0)

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semantic_ep.cli import main
 from semantic_ep.errors import ConfigError
 from semantic_ep.runtime.grid import DENSE_KINDS, EXPERT_KINDS, KINDS
 from semantic_ep.runtime.groups import GroupPlan
@@ -170,3 +172,27 @@ def test_groups_by_node_are_consistent_and_cross_nodes_only_where_they_must(
 def test_impossible_groups_are_refused_with_the_sizes(world, ep_size, settings, match):
     with pytest.raises(ConfigError, match=match):
         GroupPlan.build(world, ep_size, **settings)
+
+
+def test_the_command_line_shows_the_groups_of_a_job_that_does_not_run(tmp_path, capsys):
+    sizes = ["--world-size", "8", "--expert-parallel", "2", "--pipeline-parallel", "2"]
+    command = ["simulate", "groups", *sizes, "--nodes", "2", "--distribution", "cyclic"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "expert parallel 0: ranks 0 2 (nodes 0)" in shown
+    assert "expert tensor parallel 0" not in shown
+    assert "cross nodes: 0 of 4; in the order of ranks: 4 of 4" in shown
+    assert main([*command, "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)
+    plan = plan_of(8, 1, 1, 2, 2, 1, topology=Topology(node_of_rank=(0, 1) * 4))
+    assert set(account["groups"]) == set(KINDS)
+    for kind, found in account["groups"].items():
+        assert found["ranks"] == [list(group) for group in plan.groups(kind)]
+        assert found["crossing_nodes"] == plan.crossing_nodes(kind)
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("a slots=5\nb slots=3\n")
+    assert main(["simulate", "groups", *sizes, "--hostfile", str(hostfile)]) == 2
+    assert "pipeline stages lie on nodes in different ways" in capsys.readouterr().err
+    refused = [*sizes, "--hostfile", str(hostfile), "--scope", "global", "--json"]
+    assert main(["simulate", "groups", *refused]) == 0
+    assert json.loads(capsys.readouterr().out)["groups"]["ep"]["crossing_nodes"] == 1
