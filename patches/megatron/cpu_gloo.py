@@ -80,6 +80,13 @@ def _cpu_rng_state(*args: Any, **kwargs: Any) -> Any:
 
 def _wrap_factory(original: Any) -> Any:
     """A tensor that Megatron wants on "cuda" is made on the CPU."""
+    import torch
+
+    # `torch.device` as a context keeps a table of the functions that make tensors, filled at its
+    # first use. It must hold the originals, which the wrappers call, or models that others build
+    # on "meta" would get their buffers on the CPU, with whatever values are there.
+    with torch.device("meta"):
+        torch.empty(0)
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:

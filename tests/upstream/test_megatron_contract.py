@@ -89,6 +89,33 @@ def test_an_unmodified_script_gets_the_seams_when_it_imports_megatron():
     assert done.stdout.strip() == "cpu", done.stderr
 
 
+@cpu_only
+def test_models_that_others_build_on_the_meta_device_are_not_touched():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    # In a process of its own: torch fills its table of factories once.
+    code = """
+import tempfile, torch, semantic_ep.patches
+semantic_ep.patches.apply("megatron")
+with torch.device("meta"):
+    made = [torch.empty(2), torch.empty_like(torch.empty(2)), torch.ones(2), torch.zeros(2)]
+    assert all(x.is_meta for x in [*made, torch.tensor([1.0])])
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+model = MixtralForCausalLM(MixtralConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+)).eval()
+with tempfile.TemporaryDirectory() as directory:
+    model.save_pretrained(directory)
+    loaded = AutoModelForCausalLM.from_pretrained(directory).eval()
+ids = torch.arange(16)[None]
+print((model(ids).logits - loaded(ids).logits).abs().max().item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1:] == ["0.0"], done.stderr
+
+
 def test_the_moe_layer_has_the_methods_that_the_placed_one_extends():
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
