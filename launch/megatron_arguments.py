@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ffn-hidden-size", type=int, help="default: 4 * hidden size")
     group.add_argument("--max-position-embeddings", type=int, help="default: --seq-length")
     group.add_argument("--rotary-base", type=int, default=10000)
+    group.add_argument("--rotary-percent", type=float, default=1.0, help="share of a head rotated")
     group.add_argument("--normalization", choices=["LayerNorm", "RMSNorm"], default="RMSNorm")
     group.add_argument("--norm-epsilon", type=float, default=1e-5)
     group.add_argument("--qk-layernorm", action="store_true")
+    group.add_argument("--add-qkv-bias", action="store_true")
     group.add_argument("--swiglu", action="store_true")
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
     group.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
@@ -72,7 +75,13 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-experts", type=int, required=True)
     group.add_argument("--moe-ffn-hidden-size", type=int, help="default: --ffn-hidden-size")
     group.add_argument("--moe-shared-expert-intermediate-size", type=int)
-    group.add_argument("--moe-layer-freq", type=int, default=1, help="one MoE layer in so many")
+    group.add_argument("--moe-shared-expert-gate", action="store_true")
+    group.add_argument(
+        "--moe-layer-freq",
+        type=_layer_frequency,
+        default=1,
+        help="one MoE layer in so many, or 1 for each MoE and 0 for each dense layer: [0]+[1]*5",
+    )
     group.add_argument("--moe-grouped-gemm", action="store_true")
     group.add_argument("--moe-router-topk", type=int, default=2)
     group.add_argument(
@@ -87,6 +96,7 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--moe-router-pre-softmax", action="store_true")
     group.add_argument("--moe-router-num-groups", type=int)
     group.add_argument("--moe-router-group-topk", type=int)
+    group.add_argument("--moe-router-topk-scaling-factor", type=float)
     group.add_argument("--moe-router-enable-expert-bias", action="store_true")
     group.add_argument("--moe-expert-capacity-factor", type=float)
     group.add_argument(
@@ -138,6 +148,31 @@ def _add_parallelism(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--distributed-timeout-minutes", type=float, default=1.0)
 
 
+def _layer_frequency(text: str) -> int | list[int]:
+    """A number, or a list of 0 and 1 as a Python expression of lists, + and *."""
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int(number)) if not isinstance(number, bool):
+                return number
+            case ast.List(elts=items) | ast.Tuple(elts=items):
+                return [value(item) for item in items]
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return value(left) + value(right)
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                return value(left) * value(right)
+        raise ValueError(text)
+
+    try:
+        found = value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, TypeError):
+        raise ValueError(text) from None
+    is_pattern = isinstance(found, list) and all(flag in (0, 1) for flag in found)
+    if not is_pattern and not (isinstance(found, int) and found > 0):
+        raise ValueError(text)
+    return found
+
+
 def _fill_in(args: argparse.Namespace) -> None:
     defaults: dict[str, Any] = {
         "save": args.output / "checkpoint",
@@ -169,6 +204,24 @@ def _check(args: argparse.Namespace) -> None:
                 where="--moe-router-topk",
                 got=args.moe_router_topk,
                 allowed=f"1..{args.num_experts}",
+            )
+        )
+    pattern = args.moe_layer_freq
+    if isinstance(pattern, list) and len(pattern) != args.num_layers:
+        mistakes.append(
+            explain(
+                "the pattern of MoE and dense layers has another length than the model",
+                where="--moe-layer-freq",
+                got=f"{len(pattern)} layers",
+                allowed=f"{args.num_layers} (--num-layers)",
+            )
+        )
+    if args.moe_shared_expert_gate and not args.moe_shared_expert_intermediate_size:
+        mistakes.append(
+            explain(
+                "there is no shared expert to gate",
+                where="--moe-shared-expert-gate",
+                do="Set --moe-shared-expert-intermediate-size",
             )
         )
     if args.lr_warmup_iters >= args.lr_decay_iters:

@@ -81,6 +81,7 @@ def build(args: argparse.Namespace, run: Any, config: Any, *, pad: int) -> Train
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=args.rotary_base,
+        rotary_percent=args.rotary_percent,
     )
     if args.distributed_backend == "nccl":
         model.cuda()

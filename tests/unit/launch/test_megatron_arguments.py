@@ -33,11 +33,28 @@ def test_a_file_gives_the_defaults_and_later_arguments_win(parse):
         (("--num-attention-heads", "7"), "does not divide --hidden-size = 256"),
         (("--moe-router-topk", "17"), "more experts a token than there are"),
         (("--lr-warmup-iters", "300"), "the warm-up takes all the steps"),
+        (("--moe-layer-freq", "[0]+[1]*4"), r"got 5 layers.*6 \(--num-layers\)"),
+        (("--moe-shared-expert-gate",), "no shared expert to gate"),
     ],
 )
 def test_contradictions_are_refused(parse, arguments, message):
     with pytest.raises(ConfigError, match=message):
         parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2", 2), ("[0]*2+[1]*4", [0, 0, 1, 1, 1, 1]), ("(0,1,1,1,1,1)", [0, 1, 1, 1, 1, 1])],
+)
+def test_dense_layers_may_be_anywhere(parse, text, value):
+    assert parse("--moe-layer-freq", text).moe_layer_freq == value
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "[2]*6", "len([1])", "[1]*[1]", "[1", "[True]*6"])
+def test_a_pattern_of_layers_is_nothing_else(parse, text, capsys):
+    with pytest.raises(SystemExit):
+        parse("--moe-layer-freq", text)
+    assert "--moe-layer-freq" in capsys.readouterr().err
 
 
 def test_an_unknown_argument_is_an_error_even_if_it_abbreviates_one(parse, capsys):
