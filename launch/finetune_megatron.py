@@ -35,7 +35,7 @@ from semantic_ep.tracking import Tracker
 
 
 def start_ranks(args: argparse.Namespace) -> torch.device:
-    """Initialise torch.distributed and Megatron's groups and random state.
+    """Initialise torch.distributed and Megatron's groups.
 
     Raises:
         ConfigError: The backend does not fit the machine.
@@ -63,10 +63,8 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
         torch.compiler.set_stance("force_eager")
         # It reports the CPU's random state as changed, which here is the state that it manages.
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-    timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
-    dist.init_process_group(args.distributed_backend, timeout=timeout)
+    dist.init_process_group(args.distributed_backend, timeout=timeout_of(args))
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
@@ -74,9 +72,12 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
-    torch.manual_seed(args.seed)
-    model_parallel_cuda_manual_seed(args.seed)
     return device
+
+
+def timeout_of(args: argparse.Namespace) -> datetime.timedelta:
+    """Time after which a collective gives up."""
+    return datetime.timedelta(minutes=args.distributed_timeout_minutes)
 
 
 class Batches:
@@ -249,7 +250,10 @@ def run_training(args: argparse.Namespace) -> None:
         config,
         vocab_size=tokenizer.get_vocab_size(),
         tokenizer_sha256=hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
+        timeout=timeout_of(args),
     )
+    torch.manual_seed(args.seed)
+    run.seed(args.seed)
     training = build(args, run, config, pad=pad)
     load(training, args)
     chunks = Chunks(args.data_path, length=args.seq_length, pad=pad, seed=args.seed)

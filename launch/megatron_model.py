@@ -63,7 +63,7 @@ def build(args: argparse.Namespace, run: Any, config: Any, *, pad: int) -> Train
     )
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer.module import Float16Module
 
@@ -80,6 +80,7 @@ def build(args: argparse.Namespace, run: Any, config: Any, *, pad: int) -> Train
         max_sequence_length=args.max_position_embeddings,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
+        pg_collection=run.pg_collection,
         rotary_base=args.rotary_base,
         rotary_percent=args.rotary_percent,
     )
@@ -94,12 +95,13 @@ def build(args: argparse.Namespace, run: Any, config: Any, *, pad: int) -> Train
             grad_reduce_in_fp32=True, use_distributed_optimizer=args.use_distributed_optimizer
         ),
         model,
+        pg_collection=run.pg_collection,
     )
     config.finalize_model_grads_func = finalize_model_grads
     known = {field.name for field in dataclasses.fields(OptimizerConfig)}
     settings = {name: value for name, value in vars(args).items() if name in known}
     settings |= {"optimizer": "adam", "params_dtype": config.params_dtype}
-    optimizer = get_megatron_optimizer(OptimizerConfig(**settings), [model])
+    optimizer = run.optimizer(OptimizerConfig(**settings), [model])
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -73,8 +73,11 @@ def config(**changes):
     return TransformerConfig(**{**settings, **changes})
 
 
-def model(transformer_config, rows=None):
-    """Build a GPT model; `rows` [L, E] are the experts in the slots of each layer."""
+def model(transformer_config, rows=None, *, groups=None):
+    """Build a GPT model; `rows` [L, E] are the experts in the slots of each layer.
+
+    `groups` is a `SemanticExpertGroup`; None means Megatron's own groups.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -99,10 +102,12 @@ def model(transformer_config, rows=None):
         placement = Placement(
             physical_to_logical_map=np.asarray(rows),
             num_experts=EXPERTS,
-            ep_size=parallel_state.get_expert_model_parallel_world_size(),
+            ep_size=transformer_config.expert_model_parallel_size,
         )
         spec = place_experts(
-            spec, PlacedLayers(placement=placement, layer_ids=tuple(range(len(rows))))
+            spec,
+            PlacedLayers(placement=placement, layer_ids=tuple(range(len(rows)))),
+            pg_collection=groups and groups.collection,
         )
     return GPTModel(
         config=transformer_config,
@@ -115,6 +120,7 @@ def model(transformer_config, rows=None):
         ),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
+        pg_collection=groups and groups.collection,
     )
 
 
@@ -151,6 +157,8 @@ def places_on_rank(length, rank, ranks):
 class _Norm(torch.nn.RMSNorm):
     def __init__(self, config, hidden_size, eps=1e-5):
         super().__init__(hidden_size, eps)
+        # Each tensor-parallel rank sees a part of the tokens: Megatron must sum the gradients.
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 def batch(step, rank):
@@ -175,7 +183,7 @@ class Trainer:
     schedule: object
 
     @classmethod
-    def build(cls, config, rows=None, *, distributed_optimizer=False, **optimizer):
+    def build(cls, config, rows=None, *, distributed_optimizer=False, groups=None, **optimizer):
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -185,11 +193,12 @@ class Trainer:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.transformer.module import Float16Module
 
-        bare = model(config, rows)
+        bare = model(config, rows, groups=groups)
         wrapped = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
             Float16Module(config, bare) if config.bf16 else bare,
+            pg_collection=groups and groups.collection,
         )
         config.finalize_model_grads_func = finalize_model_grads
         settings = {"optimizer": "adam", "lr": 3e-3, "weight_decay": 0.01, "clip_grad": 1.0}
@@ -198,7 +207,8 @@ class Trainer:
             "bf16": config.bf16,
             "params_dtype": config.params_dtype,
         }
-        optimizer = get_megatron_optimizer(OptimizerConfig(**settings | optimizer), [wrapped])
+        make = groups.optimizer if groups else get_megatron_optimizer
+        optimizer = make(OptimizerConfig(**settings | optimizer), [wrapped])
         return cls(wrapped, optimizer, get_forward_backward_func())
 
     def step(self, batches):

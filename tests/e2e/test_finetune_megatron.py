@@ -97,6 +97,7 @@ def test_a_run_resumed_under_a_plan_goes_on_as_if_nothing_had_moved(corpus, tmp_
     done = finetune(
         *(corpus, moved, observe, str(moved / "profile"), "--load", str(half)),
         *("--semantic-ep-plan-artifact", str(tmp_path / "plan")),
+        *("--semantic-ep-groups-scope", "node"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert rows(moved)[-1]["loss"] == pytest.approx(losses[-1], abs=1e-4)

@@ -4,11 +4,14 @@ In a script that builds a Megatron model:
 
     parse_args(extra_args_provider=add_arguments)
     run = SemanticRun.prepare(SemanticEPConfig.resolve(args=args), config, vocab_size=...)
-    model = GPTModel(config, run.place(layer_spec), ...)
+    run.seed(seed)                        # in the place of model_parallel_cuda_manual_seed
+    model = GPTModel(config, run.place(layer_spec), pg_collection=run.pg_collection, ...)
+    optimizer = run.optimizer(optimizer_config, [wrapped model])
     observation = run.observe(model)      # then step() after the optimizer, save() at checkpoints
 """
 
 from semantic_ep.config import add_arguments
+from semantic_ep.integrations.megatron.groups import SemanticExpertGroup
 from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
 from semantic_ep.integrations.megatron.observation import ModelObservation
 from semantic_ep.integrations.megatron.run import SemanticRun
@@ -17,6 +20,7 @@ from semantic_ep.integrations.megatron.specs import place_experts
 __all__ = [
     "ModelObservation",
     "PlacedLayers",
+    "SemanticExpertGroup",
     "SemanticMoELayer",
     "SemanticRun",
     "add_arguments",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+from collections.abc import Sequence
 from typing import Any, Self
 
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, explain
+from semantic_ep.integrations.megatron.groups import SemanticExpertGroup
 from semantic_ep.integrations.megatron.layer import PlacedLayers
 from semantic_ep.integrations.megatron.observation import ModelObservation
 from semantic_ep.integrations.megatron.specs import place_experts
@@ -29,12 +34,15 @@ class SemanticRun:
         fingerprint: The model, its router weights unknown.
         vocab_size: Token ids of the tokenizer (V).
         placed: Experts of the slots of every MoE layer, or None without a plan.
+        groups: Expert-parallel groups by `semantic_ep.groups.scope`, or None where that is not
+            set and Megatron's own are used.
     """
 
     config: SemanticEPConfig
     fingerprint: ModelFingerprint
     vocab_size: int
     placed: PlacedLayers | None
+    groups: SemanticExpertGroup | None
 
     @classmethod
     def prepare(
@@ -44,17 +52,21 @@ class SemanticRun:
         *,
         vocab_size: int,
         tokenizer_sha256: str = "",
+        timeout: datetime.timedelta | None = None,
     ) -> Self:
-        """Read the plan, if one is set, and check that it is for this model.
+        """Read the plan, if one is set, check that it is for this model, and form groups.
+
+        Collective where `semantic_ep.groups.scope` is set; Megatron's own groups must exist.
 
         Args:
             config: `SemanticEPConfig.resolve(args=...)` of the parsed command line.
             model: Megatron's configuration of the model.
             vocab_size: Token ids of the tokenizer, without padding (V).
             tokenizer_sha256: Hash of tokenizer.json, "" when unknown.
+            timeout: Of the collectives of new groups.
 
         Raises:
-            ConfigError: A setting contradicts Megatron's own.
+            ConfigError: A setting contradicts Megatron's own, or groups cannot be formed.
             ArtifactError: The plan cannot be read, or belongs to another model.
         """
         _check_settings(config, model)
@@ -70,13 +82,49 @@ class SemanticRun:
             plan = Plan.read(config.plan.artifact)
             fingerprint.check(plan.fingerprint, what=f"the plan {config.plan.artifact}")
             placed = PlacedLayers(placement=plan.placement, layer_ids=fingerprint.layer_ids)
-        return cls(config=config, fingerprint=fingerprint, vocab_size=vocab_size, placed=placed)
+        groups = None
+        if config.enabled and "scope" in config.groups.model_fields_set:
+            groups = SemanticExpertGroup.create(config.groups.scope, timeout=timeout)
+        return cls(
+            config=config,
+            fingerprint=fingerprint,
+            vocab_size=vocab_size,
+            placed=placed,
+            groups=groups,
+        )
+
+    @property
+    def pg_collection(self) -> ProcessGroupCollection | None:
+        """For `GPTModel` and `DistributedDataParallel`; None where Megatron's own are used."""
+        return None if self.groups is None else self.groups.collection
+
+    def seed(self, seed: int) -> None:
+        """Seed Megatron's random states, as `model_parallel_cuda_manual_seed` does."""
+        if self.groups is None:
+            model_parallel_cuda_manual_seed(seed)
+        else:
+            self.groups.seed(seed)
 
     def place(self, spec: Any, *, pg_collection: ProcessGroupCollection | None = None) -> Any:
-        """The layer or block spec with placed experts; the same spec without a plan."""
+        """The layer or block spec with placed experts; the same spec without a plan.
+
+        Args:
+            spec: See `place_experts`.
+            pg_collection: Groups of the model, where they are neither Megatron's nor this run's.
+        """
         if self.placed is None:
             return spec
-        return place_experts(spec, self.placed, pg_collection=pg_collection)
+        return place_experts(spec, self.placed, pg_collection=pg_collection or self.pg_collection)
+
+    def optimizer(self, config: OptimizerConfig, model_chunks: Sequence[nn.Module]) -> Any:
+        """Megatron's optimizer over the groups of this run, as `get_megatron_optimizer` makes it.
+
+        Raises:
+            ConfigError: A module was built with other groups than `pg_collection`.
+        """
+        if self.groups is None:
+            return get_megatron_optimizer(config, list(model_chunks))
+        return self.groups.optimizer(config, model_chunks)
 
     def observe(
         self, model: nn.Module, *, pad_token_id: int | None = None
@@ -116,16 +164,6 @@ def _check_settings(config: SemanticEPConfig, model: TransformerConfig) -> None:
                 where="semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size",
                 got=config.groups.ep_size,
                 allowed=f'{model.expert_model_parallel_size} or "auto"',
-            )
-        )
-    if "scope" in config.groups.model_fields_set:
-        mistakes.append(
-            explain(
-                "in training Megatron itself chooses which ranks form a group",
-                where="semantic_ep.groups.scope, --semantic-ep-groups-scope",
-                got=config.groups.scope,
-                allowed="not set",
-                do="Leave it out; the order of ranks and --expert-model-parallel-size decide",
             )
         )
     if config.replan.interval != "auto":
