@@ -83,7 +83,9 @@ class GroupsConfig(_Section):
         "auto", description="ranks in an expert-parallel group; auto: as the plan or framework says"
     )
     scope: Literal["node", "global"] = Field(
-        "node", description="keep a group inside one node where its size allows, or ignore nodes"
+        "node",
+        description="keep a group inside one node where its size allows, or ignore nodes; "
+        "in Megatron only where set",
     )
 
     def check_divides(self, num_experts: int, *, layer: int) -> None:

@@ -129,7 +129,13 @@ class SemanticRun:
     def observe(
         self, model: nn.Module, *, pad_token_id: int | None = None
     ) -> ModelObservation | None:
-        """Attach to the built model; None where nothing is to be recorded. Collective."""
+        """Attach to the built model; None where nothing is to be recorded. Collective.
+
+        Raises:
+            ConfigError: The model was built with other groups than `pg_collection`.
+        """
+        if self.groups is not None:
+            self.groups.check_model(model)
         if not self.config.enabled or self.config.observe.output == "auto":
             return None
         return ModelObservation(
