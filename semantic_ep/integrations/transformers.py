@@ -89,6 +89,11 @@ def find_moe_layers(model: nn.Module) -> list[MoELayerSite]:
     return sites
 
 
+def decoder_layer_of(model: nn.Module, site: MoELayerSite) -> nn.Module:
+    """The decoder layer that an MoE block is in: norm, attention, norm, block."""
+    return model.get_submodule(site.block.rpartition(".")[0])
+
+
 def model_fingerprint(model: nn.Module, tokenizer_json: bytes | None = None) -> ModelFingerprint:
     """Identify a Hugging Face model whose router weights are all on this process.
 

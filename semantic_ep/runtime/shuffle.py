@@ -26,7 +26,7 @@ from semantic_ep.runtime.kernels.exchange import (
     accumulator,
     load_library,
 )
-from semantic_ep.runtime.symm import allocate
+from semantic_ep.runtime.symm import allocate, require_one_machine
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,6 +100,23 @@ class Shuffle(Protocol):
             BackendError: The ranks' permutations differ (found by the kernels).
         """
         ...
+
+
+def create_shuffle(backend: str, group: ProcessGroup) -> Shuffle:
+    """The shuffle that goes with a dispatch backend; every rank of the group calls this together.
+
+    Args:
+        backend: See `semantic_ep.runtime.backends`. The kernels' own shuffle is taken where they
+            are asked for by name, collectives everywhere else.
+        group: Ranks.
+
+    Raises:
+        BackendError: Kernels were asked for, and the ranks are on several machines.
+    """
+    if backend not in ("kernels", "kernels-emulated"):
+        return TorchShuffle(group)
+    require_one_machine(group)
+    return KernelShuffle(group)
 
 
 class TorchShuffle:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from semantic_ep.integrations.token_slices import SHUFFLE_COUNTERS
 from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.serve.engine import SemanticInferenceEngine
 
@@ -26,7 +27,8 @@ class ServingMode:
 
     Attributes:
         engine: With the experts placed.
-        rank_of_request: [R], the rank that serves each request.
+        rank_of_request: [R], the rank that serves each request; in attention-TP always 0, which
+            speaks for all.
     """
 
     engine: SemanticInferenceEngine
@@ -106,8 +108,10 @@ def _serve(
 ) -> _Round:
     engine = mode.engine
     mine = np.flatnonzero(mode.rank_of_request == engine.group.rank()).tolist()
-    stats = engine.model.dispatcher.stats
+    stats, slices = engine.model.dispatcher.stats, engine.model.token_slices
     stats.reset()
+    if slices is not None:
+        slices.stats.reset()
     with peer_guard("barrier before a round", engine.group):
         dist.barrier(group=engine.group)
     start = time.perf_counter()
@@ -120,7 +124,7 @@ def _serve(
     return _Round(
         outputs=dict(zip(mine, generation.outputs)),
         seconds={**{phase: generation.seconds[phase] for phase in PHASES}, "total": total},
-        counters=stats.snapshot(),
+        counters=stats.snapshot() | ({} if slices is None else slices.stats.snapshot()),
     )
 
 
@@ -157,6 +161,9 @@ def _summarise(
         "bytes_dispatch": counted["bytes_dispatch"].sum(axis=1).tolist(),
         "bytes_combine": counted["bytes_combine"].sum(axis=1).tolist(),
         "bytes_metadata": counted["bytes_metadata"].sum(axis=1).tolist(),
+        "bytes_shuffle": int(
+            sum(counted[name].sum() for name in SHUFFLE_COUNTERS if name in counted)
+        ),
         "rank_load": activations.sum(axis=0).tolist(),
         "expert_load": _expert_load(engine, counted["slot_activations"]).tolist(),
         "tokens_per_rank": counted["tokens"][:, 0].tolist(),

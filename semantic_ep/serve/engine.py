@@ -1,8 +1,9 @@
-"""Serving engine: attention-DP over an EP group, in lockstep.
+"""Serving engine over an EP group, in lockstep.
 
-Every rank serves its own requests with its own attention and KV cache; only the MoE layers
-exchange tokens. All ranks of the group therefore step together: a rank without work takes part in
-the exchanges with no tokens until the last rank is done.
+Attention-DP: every rank serves its own requests with its own attention and KV cache; only the MoE
+layers exchange tokens. All ranks of the group therefore step together: a rank without work takes
+part in the exchanges with no tokens until the last rank is done. Attention-TP: every rank has all
+requests, and its share of the heads.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from semantic_ep.apply.checkpoint import Checkpoint
+from semantic_ep.errors import RequestError, explain
 from semantic_ep.integrations.deepspeed.inference import ExpertParallelModel, init_inference
 from semantic_ep.integrations.sharded_loading import expert_bytes
 from semantic_ep.plan.placement import Placement
@@ -33,7 +35,7 @@ class Generation:
     """What one rank did in one call of `generate`.
 
     Attributes:
-        outputs: New tokens of each of this rank's prompts.
+        outputs: New tokens of each of the prompts that this rank brought.
         seconds: Of "dispatch", "experts" and "combine", summed over layers and steps. They include
             waiting for the other ranks.
     """
@@ -111,16 +113,21 @@ class SemanticInferenceEngine:
         Counters of the dispatcher go on from where they are.
 
         Args:
-            prompts: Token ids of this rank's requests.
+            prompts: Token ids of this rank's requests. In attention-TP all ranks serve those of
+                rank 0, and the others pass none.
             max_new_tokens: Bound on the new tokens of each.
             max_batch_size: Sequences that run together on this rank.
             on_tokens: Called after each step with the number of tokens generated here.
 
         Raises:
-            RequestError: A prompt is empty or too long for the model.
+            RequestError: A prompt is empty or too long for the model; or another rank than 0
+                brings prompts in attention-TP.
             PeerFailureError: Another rank died or did not answer in time.
         """
         self.model.context.timer.reset()
+        mine = prompts
+        if self.model.token_slices is not None:
+            prompts = self._of_rank_0(prompts)
         sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0)
         requests = [
             EngineRequest(id=str(index), prompt_token_ids=prompt, sampling=sampling)
@@ -134,7 +141,7 @@ class SemanticInferenceEngine:
         )
         for request in requests:
             worker.add(request)
-        outputs: list[list[int]] = [[] for _ in prompts]
+        outputs: list[list[int]] = [[] for _ in mine]
         while self._anybody_works(bool(worker.batcher)):
             events = worker.step()
             for event in events:
@@ -142,6 +149,21 @@ class SemanticInferenceEngine:
             if on_tokens is not None and events:
                 on_tokens(len(events))
         return Generation(outputs=outputs, seconds=self.model.context.timer.seconds())
+
+    def _of_rank_0(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        everyone: list[Any] = [None] * self.group.size()
+        with peer_guard("gathering of prompts", self.group):
+            dist.all_gather_object(everyone, prompts, group=self.group)
+        if any(everyone[1:]):
+            raise RequestError(
+                explain(
+                    "in attention-TP rank 0 takes the requests of all",
+                    where="prompts",
+                    got=f"{[len(part) for part in everyone]} prompts by rank",
+                    do="Pass them on rank 0, and none on the others",
+                )
+            )
+        return everyone[0]
 
     def _anybody_works(self, working: bool) -> bool:
         if self.group.size() == 1:

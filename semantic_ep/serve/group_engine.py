@@ -52,7 +52,8 @@ class GroupEngine:
     Args:
         worker: Of rank 0.
         group: See `run_lockstep`.
-        scheduler: Which rank serves a request.
+        scheduler: Which rank serves a request; in attention-TP, when a request starts: it is
+            for the one rank that speaks for all.
         max_sequence_tokens: Longest prompt plus output, of the model and of the KV cache.
         on_failure: Called once, from the engine's thread, when the loop fails. The process should
             end then, with an error: the group cannot be repaired.
@@ -83,8 +84,9 @@ class GroupEngine:
         # The loop's own:
         self._handed_over: tuple[tuple[int, EngineRequest], ...] = ()
         self._acting: Future[Any] | None = None
-        empty = RankStats(load=worker.batcher.load())
+        empty = RankStats(load=worker.load())
         self._stats = EngineStats(ranks=(empty,) * group.size())
+        self._homes = 1 if worker.has_all_requests else group.size()
         self._thread = threading.Thread(
             target=self._run, args=(worker, group), name="semantic-ep-engine", daemon=True
         )
@@ -281,7 +283,7 @@ class GroupEngine:
 
     def _assign(self, now: float) -> tuple[tuple[int, EngineRequest], ...]:
         """Ask the scheduler, with what the ranks' last reports do not know yet counted in."""
-        loads = [rank.load for rank in self._stats.ranks]
+        loads = [rank.load for rank in self._stats.ranks[: self._homes]]
         for rank, request in self._handed_over:
             loads[rank] = _with_request(loads[rank], request)
         assigned = []

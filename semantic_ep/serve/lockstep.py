@@ -107,7 +107,7 @@ def run_lockstep(worker: RankWorker, group: ProcessGroup, front: Front | None = 
             stats, told = rank_stats(worker), time.monotonic()
         report = Report(
             busy=bool(worker.batcher),
-            load=worker.batcher.load(),
+            load=worker.load(),
             events=tuple(events),
             stats=stats,
         )
@@ -132,7 +132,7 @@ def run_lockstep(worker: RankWorker, group: ProcessGroup, front: Front | None = 
 
 def _apply(control: Control, worker: RankWorker, rank: int) -> list[TokenEvent]:
     for target, request in control.assigned:
-        if target == rank:
+        if target == rank or worker.has_all_requests:
             worker.add(request)
     ended = [worker.cancel(request_id) for request_id in control.cancelled]
     return [event for event in ended if event is not None]

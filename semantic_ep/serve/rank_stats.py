@@ -23,7 +23,7 @@ def rank_stats(worker: RankWorker) -> RankStats:
         return {tier: int(count_G[tier_G == tier].sum()) for tier in tiers}
 
     return RankStats(
-        load=worker.batcher.load(),
+        load=worker.load(),
         prompt_tokens=worker.prompt_tokens,
         new_tokens=worker.new_tokens,
         preemptions=worker.batcher.preemptions,

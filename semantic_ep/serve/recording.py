@@ -28,6 +28,7 @@ def record(
         RequestError: The command does not fit the state; on all ranks alike.
         PeerFailureError: Another rank died.
     """
+    _require(not worker.has_all_requests, "attention-TP does not record routing", action)
     recording = worker.model.context.recorder is not None
     if action == "start":
         _require(not recording, "routing is being recorded already", action)

@@ -1,4 +1,7 @@
-"""One rank's share of a lockstep step: batch, run the model once, choose tokens."""
+"""One rank's share of a lockstep step: batch, run the model once, choose tokens.
+
+In attention-TP every rank has all requests and the same batch, and rank 0 speaks for all.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from semantic_ep.integrations.paged_attention import Chunk, PackedBatch, PagedKV
 from semantic_ep.observe.recorder import RoutingRecorder
 from semantic_ep.serve.batcher import Batcher
 from semantic_ep.serve.blocks import BLOCK_SIZE, BlockPool, blocks_for
-from semantic_ep.serve.protocol import EngineRequest, TokenEvent
+from semantic_ep.serve.protocol import EngineRequest, RankLoad, TokenEvent
 from semantic_ep.serve.sampler import logprobs, sample
 from semantic_ep.serve.sequences import Sequence
 
@@ -29,6 +32,7 @@ class RankWorker:
         tokenizer: Of transformers, for text and stop texts; None: tokens only.
 
     Attributes:
+        has_all_requests: Whether a request belongs to every rank (attention-TP), not to one.
         prompt_tokens, new_tokens: Counted since the start.
         recorder: Has what was last recorded, or is being (see `semantic_ep.serve.recording`).
     """
@@ -48,6 +52,8 @@ class RankWorker:
         self.prompt_tokens = self.new_tokens = 0
         self.recorder: RoutingRecorder | None = None
         self._rank = rank
+        self.has_all_requests = model.token_slices is not None
+        self._speaks = rank == 0 or not self.has_all_requests
         self._tokenizer = tokenizer
         pool = BlockPool(num_blocks=kv_cache_tokens // block_size, block_size=block_size)
         self.batcher = Batcher(
@@ -58,11 +64,15 @@ class RankWorker:
     def add(self, request: EngineRequest) -> None:
         """Queue a request that fits (see `SemanticInferenceEngine.check`)."""
         self.batcher.add(Sequence(request, stop_ids=self.model.stop_ids, tokenizer=self._tokenizer))
-        self.prompt_tokens += len(request.prompt_token_ids)
+        self.prompt_tokens += len(request.prompt_token_ids) * self._speaks
+
+    def load(self) -> RankLoad:
+        """What this rank has to do; requests that all ranks have count on rank 0 only."""
+        return self.batcher.load() if self._speaks else RankLoad()
 
     def cancel(self, request_id: str) -> TokenEvent | None:
         """End a request and free its blocks; None if it is not here."""
-        if self.batcher.remove(request_id) is None:
+        if self.batcher.remove(request_id) is None or not self._speaks:
             return None
         return TokenEvent(request_id=request_id, finish_reason="cancelled", rank=self._rank)
 
@@ -96,6 +106,8 @@ class RankWorker:
         if recording:
             sequence_T = [c for c in batch.order for _ in range(work[c][1])]
             self.recorder.start_micro_batch(id_T, sequence_T=torch.tensor(sequence_T))
+        if self.model.token_slices is not None:
+            self.model.token_slices.start_step(id_T)
         logits_BV = self.model.engine(
             input_ids=id_T[None],
             position_ids=batch.position_T[None],
@@ -118,6 +130,9 @@ class RankWorker:
         if not sequences:
             return []
         tokens = sample(logits_BV, sequences)
+        if self.model.token_slices is not None:
+            # Ranks must go on with the same tokens, also where a draw or a rounding differs.
+            tokens = self.model.token_slices.agree(tokens)
         events = []
         for sequence, token, told in zip(
             sequences, tokens, logprobs(logits_BV, tokens, sequences), strict=True
@@ -136,5 +151,7 @@ class RankWorker:
                     rank=self._rank,
                 )
             )
+        if not self._speaks:
+            return []
         self.new_tokens += len(tokens)
         return events

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,21 +17,36 @@ import torch
 from semantic_ep.apply.checkpoint import Checkpoint
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import BackendError, explain
+from semantic_ep.integrations.deepspeed.attention_parallel import (
+    check_heads,
+    cut_sinks,
+    prepare_reductions,
+    tensor_parallel_config,
+)
 from semantic_ep.integrations.expert_parallel import (
     SemanticExperts,
     StepContext,
     replace_experts,
 )
+from semantic_ep.integrations.look_ahead import LookAheadPredictor
 from semantic_ep.integrations.paged_attention import ATTENTION, register_paged_attention
 from semantic_ep.integrations.sharded_loading import load_expert_shard
+from semantic_ep.integrations.token_slices import TokenSlices
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.backends import VerifiedDispatcher, create_dispatcher
 from semantic_ep.runtime.exchange import Exchanged, exchange_experts
+from semantic_ep.runtime.shuffle import create_shuffle
 from semantic_ep.runtime.slots import slot_tables
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import ProcessGroup
+
+    from semantic_ep.plan.predictors import Predictor
+
+
+# Which work a rank does in attention: that of its own requests, or that of its heads for all.
+AttentionMode = Literal["dp", "tp"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +62,7 @@ class ExpertParallelModel:
         placement: Which experts are where.
         node_of_rank: [G], node of each EP rank.
         fingerprint: Of the checkpoint.
+        token_slices: Attention-TP's division of every step; None in attention-DP.
     """
 
     engine: Any
@@ -56,6 +72,7 @@ class ExpertParallelModel:
     placement: Placement
     node_of_rank: np.ndarray
     fingerprint: ModelFingerprint
+    token_slices: TokenSlices | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -99,6 +116,8 @@ def init_inference(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     node_of_rank: np.ndarray | None = None,
+    attention: AttentionMode = "dp",
+    predictor: Predictor | Literal["look-ahead"] | None = None,
 ) -> ExpertParallelModel:
     """Load this rank's experts, replace the MoE blocks' experts and start DeepSpeed-Inference.
 
@@ -110,10 +129,15 @@ def init_inference(
         dtype: Of the weights.
         backend: Dispatch backend, see `semantic_ep.runtime.backends`.
         node_of_rank: Node of each EP rank, for the choice between copies; None means one node.
+        attention: "dp": ranks bring steps of their own. "tp": heads are sharded over the group,
+            all ranks bring the same step; needs `init_distributed`.
+        predictor: In attention-TP, what divides a step among ranks; "look-ahead" is the model's
+            own `LookAheadPredictor`, None divides in order of the tokens.
 
     Raises:
         PlacementError: The placement is of another model.
-        BackendError: The placement is for another number of ranks.
+        BackendError: The placement is for another number of ranks, or the heads of the model
+            cannot be divided among them.
         CheckpointError: As `load_expert_shard`.
     """
     import deepspeed
@@ -128,6 +152,7 @@ def init_inference(
         )
     if node_of_rank is None:
         node_of_rank = np.zeros(group.size(), dtype=np.int64)
+    sharded = attention == "tp" and group.size() > 1
     model = load_expert_shard(checkpoint, placement=placement, rank=group.rank(), dtype=dtype)
     register_paged_attention()
     model.set_attn_implementation(ATTENTION)
@@ -150,10 +175,28 @@ def init_inference(
     )
     # DeepSpeed casts every floating tensor; families keep some in float32 (router biases).
     exact = {name: tensor for name, tensor in _tensors(model) if tensor.dtype == torch.float32}
-    engine = deepspeed.init_inference(model, config={"dtype": dtype})
+    config: dict[str, Any] = {"dtype": dtype}
+    if sharded:
+        check_heads(model, group.size())
+        cut_sinks(model, group)
+        config |= tensor_parallel_config(model, group)
+    engine = deepspeed.init_inference(model, config=config)
     for name, tensor in _tensors(engine.module):
         if name in exact and tensor.dtype != torch.float32:
             tensor.data = exact[name].data.to(tensor.device)
+    token_slices = None
+    if sharded:
+        prepare_reductions(engine.module, group)
+        if predictor == "look-ahead":
+            predictor = LookAheadPredictor.of_model(engine.module)
+        token_slices = TokenSlices(
+            engine.module,
+            group=group,
+            shuffle=create_shuffle(backend, group),
+            placement=placement,
+            predictor=predictor,
+            timer=context.timer,
+        )
     return ExpertParallelModel(
         engine=engine,
         experts=experts,
@@ -162,6 +205,7 @@ def init_inference(
         placement=placement,
         node_of_rank=node_of_rank,
         fingerprint=checkpoint.fingerprint(),
+        token_slices=token_slices,
     )
 
 
@@ -186,6 +230,8 @@ def move_experts(
     tables = slot_tables(placement, rank=group.rank(), node_of_rank=model.node_of_rank)
     for experts, table_E in zip(model.experts, torch.from_numpy(tables), strict=True):
         experts.slot_table_E.copy_(table_E)
+    if model.token_slices is not None:
+        model.token_slices.placement = placement
     return dataclasses.replace(model, placement=placement), exchanged
 
 
