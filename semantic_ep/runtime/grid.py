@@ -37,7 +37,6 @@ EXPERT_KINDS = {
     "tp_ep": ("ep", "expt_tp"),
     "tp_ep_pp": ("pp", "ep", "expt_tp"),
 }
-KINDS = (*DENSE_KINDS, *EXPERT_KINDS)
 
 EP_SIZE = "semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size"
 

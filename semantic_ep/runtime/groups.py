@@ -110,7 +110,7 @@ class GroupPlan:
         """Rank tuples of every group of a kind, each rising.
 
         Args:
-            kind: One of `grid.KINDS`.
+            kind: One of `grid.DENSE_KINDS` or `grid.EXPERT_KINDS`.
         """
         if kind in DENSE_KINDS:
             return groups_along(self.sizes.dense_grid(), DENSE_AXES, DENSE_KINDS[kind])

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from semantic_ep.cli import main
 from semantic_ep.errors import ConfigError
-from semantic_ep.runtime.grid import DENSE_KINDS, EXPERT_KINDS, KINDS
+from semantic_ep.runtime.grid import DENSE_KINDS, EXPERT_KINDS
 from semantic_ep.runtime.groups import GroupPlan
 from semantic_ep.topology import Topology
+
+KINDS = DENSE_KINDS | EXPERT_KINDS
 
 
 def factorizations(world, parts):
@@ -59,7 +61,7 @@ def check(plan):
         "expt_tp": sizes.expert_tensor,
         "expt_dp": sizes.expert_data,
     }
-    for kind, axes in (DENSE_KINDS | EXPERT_KINDS).items():
+    for kind, axes in KINDS.items():
         groups = np.array(plan.groups(kind))
         assert groups.shape[1] == math.prod(along[axis] for axis in axes)
         assert np.array_equal(np.sort(groups.ravel()), np.arange(plan.world_size))
