@@ -27,7 +27,7 @@ from megatron_arguments import parse_arguments
 from megatron_model import Training, build, load, model_config, save
 from torch import distributed as dist
 from tqdm import tqdm
-from trainlog import log_step
+from trainlog import log_step, show_reports
 
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import BackendError, ConfigError, SemanticEPError, explain
@@ -182,6 +182,8 @@ def train(training: Training, args: argparse.Namespace, batches: Batches, tracke
         training.step = step + 1
         if training.observation is not None:
             training.observation.step()
+        if training.replanning is not None:
+            training.replanning.step(training.step)
         last = training.step == args.train_iters
         if training.step % args.log_interval == 0 or last:
             tokens += int(window[1])
@@ -242,6 +244,7 @@ def run_training(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     pad = tokenizer.token_to_id("<|pad|>")
     device = start_ranks(args)
+    show_reports()
     from semantic_ep.integrations.megatron import SemanticRun
 
     config = model_config(args)

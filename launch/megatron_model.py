@@ -26,6 +26,7 @@ class Training:
     optimizer: Any
     schedule: Any
     observation: Any
+    replanning: Any
     step: int = 0
 
 
@@ -115,7 +116,13 @@ def build(args: argparse.Namespace, run: Any, config: Any, *, pad: int) -> Train
         wd_incr_steps=args.train_iters,
         wd_incr_style="constant",
     )
-    return Training(model=model, optimizer=optimizer, schedule=schedule, observation=observation)
+    return Training(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        observation=observation,
+        replanning=run.replan(model, optimizer, observation),
+    )
 
 
 def checkpoint_state(training: Training, *, optimizer: bool, loading: bool) -> dict[str, Any]:
@@ -147,7 +154,9 @@ def save(training: Training, args: argparse.Namespace) -> None:
         str(directory),
     )
     if training.observation is not None:
-        training.observation.save(directory)
+        profile = training.observation.save(directory)
+        if training.replanning is not None:
+            training.replanning.at_checkpoint(training.step, profile)
     dist.barrier()
     if dist.get_rank() == 0:
         (args.save / LATEST).write_text(str(training.step))
@@ -175,4 +184,6 @@ def load(training: Training, args: argparse.Namespace) -> None:
     if not args.finetune:
         training.step = loaded["iteration"]
         if training.observation is not None:
-            training.observation.restore(directory)
+            profile = training.observation.restore(directory)
+            if training.replanning is not None:
+                training.replanning.resume(profile)

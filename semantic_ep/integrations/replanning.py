@@ -69,14 +69,17 @@ class Replanning:
     """Decides, the same on every rank, where the experts of one run shall be."""
 
     def __init__(
-        self, settings: SemanticEPConfig, observation: RoutingObservation, model: PlacedModel
+        self,
+        settings: SemanticEPConfig,
+        observation: RoutingObservation,
+        model: PlacedModel | None,
     ) -> None:
         """Start the first window; collective over all ranks.
 
         Args:
             settings: Of the run; see `check_settings`.
             observation: Counts the routing of the model.
-            model: Whose experts move.
+            model: Whose experts move; None without an interval, where drift is reported alone.
         """
         self._settings, self._observation, self._model = settings.replan, observation, model
         output = Path(settings.observe.output)
@@ -90,7 +93,7 @@ class Replanning:
     @property
     def moves_experts(self) -> bool:
         """Whether the placement may change."""
-        return self._settings.interval != "auto"
+        return self._model is not None
 
     def step(self, step: int) -> None:
         """After optimizer step number `step`: decide if it is time; collective over all ranks.
@@ -99,7 +102,7 @@ class Replanning:
             PlacementError: The exchange did not verify. Nothing has changed on any rank.
             PeerFailureError: Another rank died or did not answer in time.
         """
-        if self._settings.interval == "auto" or step % self._settings.interval:
+        if self._model is None or step % self._settings.interval:
             return
         seen = self._observation.look()
         expert_bytes = self._model.expert_bytes()

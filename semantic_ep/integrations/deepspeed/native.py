@@ -64,7 +64,7 @@ def place_native_experts(
     """
     layers = native_layers(model)
     _check(layers, placement)
-    groups, process_groups, topology = create_groups(placement, settings)
+    groups, process_groups = create_groups(placement, settings)
     group = process_groups.expert_parallel
     dispatcher = create_dispatcher(
         settings.dispatch.backend,
@@ -90,7 +90,6 @@ def place_native_experts(
         native=layers,
         context=context,
         dispatcher=dispatcher,
-        topology=topology,
     )
 
 

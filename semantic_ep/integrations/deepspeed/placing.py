@@ -14,7 +14,6 @@ families; following a plan would mean to override all of that.
 from __future__ import annotations
 
 import dataclasses
-import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +27,8 @@ from semantic_ep.integrations.expert_parallel import SemanticExperts, StepContex
 from semantic_ep.integrations.transformers import find_moe_layers, moe_shape
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.backends import VerifiedDispatcher, create_dispatcher
-from semantic_ep.runtime.groups import GroupPlan, ProcessGroups
+from semantic_ep.runtime.groups import GroupPlan, ProcessGroups, topology_of_job
 from semantic_ep.runtime.slots import slot_tables
-from semantic_ep.topology import Topology
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +48,6 @@ class PlacedExperts:
         native: By layer, of a model with `deepspeed.moe` layers, which have a module for each slot.
         context: What the layers share.
         dispatcher: Of the EP group, with its counters.
-        topology: Nodes of all ranks of the job.
     """
 
     placement: Placement
@@ -61,7 +58,6 @@ class PlacedExperts:
     native: Sequence[MoE] = ()
     context: StepContext
     dispatcher: VerifiedDispatcher
-    topology: Topology
 
     def under(self, placement: Placement) -> PlacedExperts:
         """The same under another placement, by which tokens are sent from now on.
@@ -108,7 +104,7 @@ def place_experts(
         ConfigError: No groups of this size can be formed.
     """
     _check(model, placement)
-    groups, process_groups, topology = create_groups(placement, settings)
+    groups, process_groups = create_groups(placement, settings)
     ep_rank = process_groups.expert_parallel.rank()
     name = group_name(placement.ep_size)
     for layer, site in enumerate(find_moe_layers(model)):
@@ -144,24 +140,22 @@ def place_experts(
         experts=replaced,
         context=context,
         dispatcher=dispatcher,
-        topology=topology,
     )
 
 
 def create_groups(
     placement: Placement, settings: SemanticEPConfig
-) -> tuple[GroupPlan, ProcessGroups, Topology]:
+) -> tuple[GroupPlan, ProcessGroups]:
     """Form the groups of the job, by nodes, and make them known to DeepSpeed; collective."""
-    topology = _topology_of_job()
     groups = GroupPlan.build(
         dist.get_world_size(),
         placement.ep_size,
-        topology=topology,
+        topology=topology_of_job(),
         scope=settings.groups.scope,
     )
     made = groups.create()
     register_groups(made)
-    return groups, made, topology
+    return groups, made
 
 
 def refuse_copies(placement: Placement) -> None:
@@ -278,11 +272,3 @@ def register_groups(made: ProcessGroups) -> None:
                 )
             )
         groups[name], ranks[name] = group, mine
-
-
-def _topology_of_job() -> Topology:
-    """Node of every rank, by host name; collective."""
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
-    nodes = list(dict.fromkeys(names))
-    return Topology(node_of_rank=tuple(nodes.index(name) for name in names))

@@ -30,7 +30,24 @@ class EnginePlacement:
     """The placed experts of an engine; a `PlacedModel`."""
 
     def __init__(self, engine: Any) -> None:
-        """Take an engine with `placed_experts`."""
+        """Check that the experts can move.
+
+        Args:
+            engine: With `placed_experts`.
+
+        Raises:
+            ConfigError: Its optimizer keeps what cannot be divided by expert.
+        """
+        obstacle = obstacle_to_moving(engine)
+        if obstacle is not None:
+            problem, do = obstacle
+            raise ConfigError(
+                explain(
+                    f"the optimizer state cannot move to another placement: {problem}",
+                    where="semantic_ep.replan.interval, --semantic-ep-replan-interval",
+                    do=f"{do}; or unset it",
+                )
+            )
         self._engine = engine
 
     @property
@@ -41,7 +58,9 @@ class EnginePlacement:
     @property
     def topology(self) -> Topology:
         """See `PlacedModel`."""
-        return self._placed.topology.of_ranks(self._placed.groups.expert_parallel[0])
+        groups = self._placed.groups
+        job = Topology(node_of_rank=groups.node_of_rank)
+        return job.of_ranks(groups.expert_parallel_group(0))
 
     @property
     def row_bytes(self) -> int:
@@ -100,20 +119,6 @@ class EnginePlacement:
         of = _zero_pieces if self._engine.zero_optimization() else _plain_pieces
         parameters = [rows] if isinstance(rows, Tensor) else rows
         return [of(self._engine.optimizer, parameter) for parameter in parameters]
-
-
-def check_can_replan(engine: Any) -> None:
-    """Raise `ConfigError` if the optimizer of an engine keeps what cannot be divided by expert."""
-    obstacle = obstacle_to_moving(engine)
-    if obstacle is not None:
-        problem, do = obstacle
-        raise ConfigError(
-            explain(
-                f"the optimizer state cannot move to another placement: {problem}",
-                where="semantic_ep.replan.interval, --semantic-ep-replan-interval",
-                do=f"{do}; or unset it",
-            )
-        )
 
 
 def _plain_pieces(optimizer: Any, parameter: nn.Parameter) -> dict[str, Piece]:

@@ -18,7 +18,7 @@ from semantic_ep.integrations.deepspeed.engine import SemanticEngine
 from semantic_ep.integrations.deepspeed.native import native_layers, place_native_experts
 from semantic_ep.integrations.deepspeed.observation import EngineObservation, find_routers
 from semantic_ep.integrations.deepspeed.placing import PlacedExperts, place_experts
-from semantic_ep.integrations.deepspeed.replanning import EnginePlacement, check_can_replan
+from semantic_ep.integrations.deepspeed.replanning import EnginePlacement
 from semantic_ep.integrations.replanning import Replanning, check_settings
 from semantic_ep.plan.plan import Plan
 
@@ -113,9 +113,8 @@ def initialize(
             vocab_size=_vocab_size(engine.module),
         )
     if observe and placed:
-        if settings.replan.interval != "auto":
-            check_can_replan(engine)
-        engine.replanning = Replanning(settings, engine.semantic_ep, EnginePlacement(engine))
+        movable = None if settings.replan.interval == "auto" else EnginePlacement(engine)
+        engine.replanning = Replanning(settings, engine.semantic_ep, movable)
     if observe or placed:
         # DeepSpeed has no callback for these events, and chooses the class of its engine itself.
         engine.__class__ = type(type(engine).__name__, (SemanticEngine, type(engine)), {})

@@ -8,6 +8,7 @@ In a script that builds a Megatron model:
     model = GPTModel(config, run.place(layer_spec), pg_collection=run.pg_collection, ...)
     optimizer = run.optimizer(optimizer_config, [wrapped model])
     observation = run.observe(model)      # then step() after the optimizer, save() at checkpoints
+    replanning = run.replan(model, optimizer, observation)    # then step(number) after both
 """
 
 from semantic_ep.config import add_arguments

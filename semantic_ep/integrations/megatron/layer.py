@@ -108,6 +108,11 @@ class SemanticMoELayer(MoELayer):
         super().set_layer_number(layer_number)
         self._take_slots(layer_number)
 
+    def take_placement(self, placed: PlacedLayers) -> None:
+        """Send tokens by another placement from now on; the experts must have moved."""
+        self.placed = placed
+        self._take_slots(self.layer_number)
+
     def route(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Route in logical experts and answer in slots: (probs, routing_map), both [T, E]."""
         probs, routing_map = super().route(*args, **kwargs)

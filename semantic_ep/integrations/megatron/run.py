@@ -19,7 +19,9 @@ from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.megatron.groups import SemanticExpertGroup
 from semantic_ep.integrations.megatron.layer import PlacedLayers
 from semantic_ep.integrations.megatron.observation import ModelObservation
+from semantic_ep.integrations.megatron.replanning import ModelPlacement
 from semantic_ep.integrations.megatron.specs import place_experts
+from semantic_ep.integrations.replanning import Replanning, check_settings
 from semantic_ep.plan.plan import Plan
 
 ARCHITECTURE = "megatron_gpt"
@@ -69,6 +71,7 @@ class SemanticRun:
             ConfigError: A setting contradicts Megatron's own, or groups cannot be formed.
             ArtifactError: The plan cannot be read, or belongs to another model.
         """
+        check_settings(config)
         _check_settings(config, model)
         fingerprint = ModelFingerprint(
             architecture=ARCHITECTURE,
@@ -146,6 +149,30 @@ class SemanticRun:
             pad_token_id=pad_token_id,
         )
 
+    def replan(
+        self, model: nn.Module, optimizer: Any, observation: ModelObservation | None
+    ) -> Replanning | None:
+        """What reports drift and, if an interval is set, moves experts; collective.
+
+        None without a plan, or where nothing is observed. The training loop calls its `step` after
+        each step of the optimizer, its `at_checkpoint` with what `observation.save` returned, and
+        its `resume` with what `observation.restore` returned.
+
+        Args:
+            model: Built from the spec that `place` returned, bare or wrapped.
+            optimizer: Of `get_megatron_optimizer`.
+            observation: What `observe` returned.
+
+        Raises:
+            ConfigError: An interval is set, and the experts of this run cannot move.
+        """
+        if observation is None or self.placed is None:
+            return None
+        movable = None
+        if self.config.replan.interval != "auto":
+            movable = ModelPlacement(model, optimizer)
+        return Replanning(self.config, observation, movable)
+
 
 def moe_layer_ids(model: TransformerConfig) -> tuple[int, ...]:
     """Model layer indices, from 0, of the MoE layers, as `moe_layer_freq` says."""
@@ -170,16 +197,6 @@ def _check_settings(config: SemanticEPConfig, model: TransformerConfig) -> None:
                 where="semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size",
                 got=config.groups.ep_size,
                 allowed=f'{model.expert_model_parallel_size} or "auto"',
-            )
-        )
-    if config.replan.interval != "auto":
-        mistakes.append(
-            explain(
-                "experts of a running Megatron model cannot move",
-                where="semantic_ep.replan.interval, --semantic-ep-replan-interval",
-                got=config.replan.interval,
-                allowed="auto",
-                do="Unset it, and resume from a checkpoint under another plan",
             )
         )
     if config.dispatch.backend != "auto":
