@@ -6,9 +6,10 @@
         --prompts runs/x/data/prompts.jsonl --compare contiguous semantic --out runs/x/serve.json
 
 Also runs under torchrun. Every rank loads only the experts of its slots and serves its own
-requests. `contiguous` places experts as upstream engines do and deals requests in turn; `semantic`
-follows the plan. `--compare` serves the same requests in both, interleaved, and checks that the
-tokens equal each other's and those of transformers in one process.
+requests, or with `--semantic-ep-serve-attention tp` its share of the heads for all of them.
+`contiguous` places experts as upstream engines do and deals requests, or tokens, in turn;
+`semantic` follows the plan. `--compare` serves the same requests in both, interleaved, and checks
+that the tokens equal each other's and those of transformers in one process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import distributed as dist
@@ -36,8 +38,10 @@ from semantic_ep.integrations.deepspeed import read_config
 from semantic_ep.integrations.deepspeed.inference import init_distributed
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
+from semantic_ep.plan.schedule import Schedule
 from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.runtime.groups import GroupPlan
+from semantic_ep.serve.attention import attention_options
 from semantic_ep.serve.compare import ServingMode, compare_modes
 from semantic_ep.serve.engine import SemanticInferenceEngine
 from semantic_ep.serve.reference import generate_in_one_process
@@ -129,15 +133,6 @@ def expert_groups(settings: SemanticEPConfig, world_size: int) -> GroupPlan:
                 do=f'Start {wanted} ranks, or set it to "auto"',
             )
         )
-    if settings.schedule.mode == "tokens":
-        raise ConfigError(
-            explain(
-                "requests are served whole (attention-DP); tokens cannot be scheduled here",
-                where="semantic_ep.schedule.mode, --semantic-ep-schedule-mode",
-                got=settings.schedule.mode,
-                allowed=["auto", "requests", "off"],
-            )
-        )
     # torchrun and the deepspeed launcher name it differently.
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     topology = Topology.uniform(world_size, num_nodes=max(world_size // local, 1))
@@ -171,19 +166,14 @@ def build_modes(
     prompts = [request.prompt for request in requests]
     modes = {}
     for name in names:
+        schedule = plan.schedule if name == "semantic" else None
         if name == "semantic":
             placement = plan.placement
-            ranks = (
-                round_robin(len(prompts), world_size)
-                if settings.schedule.mode == "off"
-                else by_affinity(prompts, plan.schedule, max_new_tokens=args.max_new_tokens)
-            )
         else:
             shape = checkpoint.shape
             placement = Placement.contiguous(
                 num_layers=len(shape.layer_ids), num_experts=shape.num_experts, ep_size=world_size
             )
-            ranks = round_robin(len(prompts), world_size)
         engine = SemanticInferenceEngine.from_checkpoint(
             checkpoint,
             placement=placement,
@@ -192,9 +182,25 @@ def build_modes(
             dtype=DTYPES[args.dtype],
             backend=settings.dispatch.backend,
             node_of_rank=group_plan.nodes_of_group(dist.get_rank()),
+            **attention_options(settings, schedule),
         )
+        ranks = ranks_of_requests(args, settings, prompts, schedule)
         modes[name] = ServingMode(engine=engine, rank_of_request=ranks)
     return modes
+
+
+def ranks_of_requests(
+    args: argparse.Namespace,
+    settings: SemanticEPConfig,
+    prompts: list[list[int]],
+    schedule: Schedule | None,
+) -> np.ndarray:
+    """[R], the rank that each request is handed to."""
+    if settings.serve.attention == "tp":
+        return np.zeros(len(prompts), dtype=np.int64)
+    if schedule is None or settings.schedule.mode == "off":
+        return round_robin(len(prompts), dist.get_world_size())
+    return by_affinity(prompts, schedule, max_new_tokens=args.max_new_tokens)
 
 
 def local_device(args: argparse.Namespace) -> torch.device:

@@ -114,6 +114,21 @@ class ScheduleConfig(_Section):
         "auto",
         description="schedule whole requests, single tokens, or nothing; auto: as the engine can",
     )
+    predictor: Literal["auto", "table", "look-ahead"] = Field(
+        "auto",
+        description="what predicts the experts of single tokens: the plan's table of token ids, or "
+        "each layer's own router before its attention has run; auto: look-ahead",
+    )
+
+
+class ServeConfig(_Section):
+    """How the serving engine divides its work."""
+
+    attention: Literal["dp", "tp"] = Field(
+        "dp",
+        description="attention of a rank: that of its own requests (dp), or that of its share of "
+        "the heads for all requests (tp)",
+    )
 
 
 class TrackingConfig(_Section):
@@ -134,6 +149,7 @@ class SemanticEPConfig(_Section):
     groups: GroupsConfig = GroupsConfig()
     dispatch: DispatchConfig = DispatchConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    serve: ServeConfig = ServeConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @classmethod

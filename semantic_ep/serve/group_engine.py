@@ -26,7 +26,7 @@ from semantic_ep.serve.protocol import (
     TokenEvent,
 )
 from semantic_ep.serve.recording import record
-from semantic_ep.serve.reload import read_placement, take_over
+from semantic_ep.serve.reload import read_plan, schedules_by_table, take_over
 from semantic_ep.serve.requests import check_request
 from semantic_ep.serve.worker import RankWorker
 
@@ -86,6 +86,7 @@ class GroupEngine:
         self._acting: Future[Any] | None = None
         empty = RankStats(load=worker.load())
         self._stats = EngineStats(ranks=(empty,) * group.size())
+        self._by_table = schedules_by_table(worker)
         self._homes = 1 if worker.has_all_requests else group.size()
         self._thread = threading.Thread(
             target=self._run, args=(worker, group), name="semantic-ep-engine", daemon=True
@@ -142,12 +143,14 @@ class GroupEngine:
         future = _future()
         try:
             # Read once, here: a rank that cannot would leave the others waiting.
-            placement = read_placement(plan, self._fingerprint)
+            new = read_plan(plan, self._fingerprint)
         except SemanticEPError as error:
             future.set_exception(error)
             return future
         future.add_done_callback(self._count_reload)
-        return self._enqueue(functools.partial(take_over, placement=placement), future)
+        schedule = new.schedule if self._by_table else None
+        action = functools.partial(take_over, placement=new.placement, schedule=schedule)
+        return self._enqueue(action, future)
 
     def record(self, action: RecordAction, output: Path | None = None) -> Future[Mapping[str, Any]]:
         """See `Engine`."""

@@ -34,6 +34,9 @@ def summary_table(result: Mapping[str, Any]) -> Table:
         ),
     ):
         table.add_row(title, *(cell(mode) for mode in modes.values()))
+    shuffled = [mode.get("bytes_shuffle", 0) for mode in modes.values()]
+    if any(shuffled):
+        table.add_row("shuffle MB (attention-TP)", *(f"{size / 1e6:.2f}" for size in shuffled))
     return table
 
 

@@ -16,7 +16,7 @@ from tests.distributed.test_serve_engine import (
     save_tiny_model,
     single_process,
 )
-from tests.distributed.test_serve_group import GREEDY, Client, random_prompts
+from tests.distributed.test_serve_group import GREEDY, Client, random_prompts, save_plan
 
 pytestmark = pytest.mark.distributed
 
@@ -141,11 +141,12 @@ def test_what_cannot_be_sharded_is_refused_with_the_reason(models, tmp_path):
     run_ranks(_refusals, 2, {**models, "few_heads": few_heads})
 
 
-def _served(rank, ranks, directory, prompts, want):
+def _served(rank, ranks, directory, plan, prompts, want):
     from semantic_ep.serve.scheduling.make import make_scheduler
     from semantic_ep.serve.start import serve_group
 
-    engine = load(directory, placements(ranks)["random"], "look-ahead")
+    random = placements(ranks)["random"]
+    engine = load(directory, random, some_schedule(random))
 
     def front(running):
         client = Client(running)
@@ -157,6 +158,7 @@ def _served(rank, ranks, directory, prompts, want):
             client.submit(f"d{number}", prompt, drawn)
             client.submit(f"c{number}", prompt, drawn)
             running.cancel(f"c{number}")
+        assert running.reload_plan(plan).result(60)["experts_moved"] > 0
         for number, tokens in enumerate(want):
             assert client.tokens(f"r{number}") == tokens
             # No seed: the ranks draw differently and must go on with the same tokens.
@@ -173,9 +175,17 @@ def _served(rank, ranks, directory, prompts, want):
         kv_cache_tokens=256,
         block_size=4,
     )
+    slices = engine.model.token_slices
+    # The tables of the new plan: everything on rank 0, as far as slices allow.
+    assert not slices.predictor.schedule.token_to_rank.any()
+    assert (
+        slices.placement.physical_to_logical_map.tolist()
+        == placements(ranks)["contiguous"].physical_to_logical_map.tolist()
+    )
 
 
-def test_requests_come_and_go_while_all_ranks_run_the_same_batch(models):
+def test_requests_come_and_go_and_plans_change_while_all_ranks_run_one_batch(models, tmp_path):
+    plan = save_plan(tmp_path / "plan", models["qwen3_moe"], placements(2)["contiguous"])
     prompts = random_prompts(6)
     want = single_process(models["qwen3_moe"], prompts, GREEDY.max_tokens)
-    run_ranks(_served, 2, models["qwen3_moe"], prompts, want)
+    run_ranks(_served, 2, models["qwen3_moe"], plan, prompts, want)

@@ -116,11 +116,33 @@ def test_both_modes_are_served_checked_and_written(run_dir, tmp_path):
     assert all(1 <= len(row["tokens"]) <= 4 for row in rows)
 
 
+def test_with_attention_tp_tokens_are_dealt_evenly_and_outputs_stay_the_same(run_dir, tmp_path):
+    argv = arguments(run_dir, tmp_path, "--semantic-ep-serve-attention", "tp")
+    assert run_ranks(_main, RANKS, argv) == [0, 0]
+    written = json.loads((tmp_path / "serve.json").read_text())
+    same = {"between_modes": True, "to_single_process": True, "checked_requests": 6}
+    assert written["identical_outputs"] == same
+    for mode in written["modes"].values():
+        tokens = sum(mode["tokens_per_rank"])
+        assert tokens == 6 * 8 + mode["generated_tokens"] - 6
+        # Prompts and decoding steps here are of even length.
+        assert mode["tokens_per_rank"][0] == mode["tokens_per_rank"][1]
+        assert mode["bytes_shuffle"] == 2 * LAYERS * tokens * 32 * 4
+    before, after = written["modes"]["contiguous"], written["modes"]["semantic"]
+    assert before["expert_load"] == after["expert_load"]
+    assert np.mean(after["lar"]) > np.mean(before["lar"])
+
+
 MISTAKES = [
     (["--plan", "/nowhere"], "no artefact here"),
     (["--prompts", "/nowhere"], "cannot read the prompts"),
     (["--semantic-ep-groups-ep-size", "4"], "ep_size is 4 and 1 ranks were started"),
-    (["--semantic-ep-schedule-mode", "tokens"], "tokens cannot be scheduled here"),
+    (["--semantic-ep-schedule-mode", "tokens"], "single tokens cannot be scheduled"),
+    (["--semantic-ep-schedule-predictor", "table"], "single tokens cannot be scheduled"),
+    (
+        ["--semantic-ep-serve-attention", "tp", "--semantic-ep-schedule-mode", "requests"],
+        "all ranks serve every request",
+    ),
     ([], "plan is for 2 ranks and the EP group has 1"),
 ]
 
