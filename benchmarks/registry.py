@@ -88,13 +88,18 @@ class Result:
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
 
-    def document(self) -> dict[str, Any]:
-        """Return the result as it is written: measurements, protocol and environment."""
+    def document(self, *, seed: int | None = None) -> dict[str, Any]:
+        """Return the result as it is written: measurements, protocol and environment.
+
+        Args:
+            seed: The theme's seed; None for one that has none, or several in its rows.
+        """
         return {
             "schema_version": SCHEMA_VERSION,
             "theme": self.theme,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": _commit(),
+            "seed": seed,
             "command": ["python", "-m", "benchmarks.run", *sys.argv[1:]],
             "environment": environment(),
             "protocol": dict(self.protocol),

@@ -1,13 +1,16 @@
-"""Run one benchmark theme: `python -m benchmarks.run THEME [flags]`."""
+"""Run a benchmark theme, or all: `python -m benchmarks.run THEME [flags]`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import all_themes
+from benchmarks.base import comparison, run_at
 from benchmarks.registry import Result, Table, cell, markdown, theme_module, themes, write_json
 from semantic_ep.errors import SemanticEPError
 
@@ -16,17 +19,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print tables, and write what was asked for.
 
     Returns:
-        0, or 2 after an error that the user can act on.
+        0, 1 if a theme of `all` failed, or 2 after an error that the user can act on.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     args = _parser(chosen).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if args.theme == "all":
+        return all_themes.run_all(args)
     try:
+        theirs = run_at(args.base, _without_output(arguments)) if args.base else None
         result = theme_module(args.theme).run(args)
     except SemanticEPError as error:
         print(f"benchmarks.run {args.theme}: {error}", file=sys.stderr)
         return 2
+    if theirs is not None:
+        result = dataclasses.replace(
+            result,
+            protocol={**result.protocol, "base": theirs["commit"]},
+            tables=[*result.tables, comparison(theirs, result.rows)],
+        )
     for table in result.tables:
         _print(table)
     _write(result, args)
@@ -41,13 +53,26 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         theme = subparsers.add_parser(name, help=summary, description=summary)
         if name == chosen:
             theme_module(name).add_arguments(theme)
+        theme.add_argument(
+            "--base", metavar="COMMIT", help="run the same at another commit, too, and compare"
+        )
         output = theme.add_argument_group("output")
         output.add_argument("--json", type=Path, help="write all rows, protocol and environment")
         output.add_argument(
             "--png", type=Path, help="write the charts (default: beside --json; needs matplotlib)"
         )
         output.add_argument("--markdown", type=Path, help="write the tables")
+    every = subparsers.add_parser("all", help=all_themes.SUMMARY, description=all_themes.SUMMARY)
+    all_themes.add_arguments(every)
     return parser
+
+
+def _without_output(arguments: Sequence[str]) -> list[str]:
+    """Arguments for the other commit, which does not compare and writes where it is told."""
+    dropped = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--base", "--json", "--png", "--markdown"):
+        dropped.add_argument(flag)
+    return dropped.parse_known_args(list(arguments))[1]
 
 
 def _print(table: Table) -> None:
@@ -69,7 +94,7 @@ def _print(table: Table) -> None:
 
 def _write(result: Result, args: argparse.Namespace) -> None:
     if args.json:
-        write_json(result.document(), args.json)
+        write_json(result.document(seed=getattr(args, "seed", None)), args.json)
     if args.markdown:
         args.markdown.write_text("\n".join(markdown(table) for table in result.tables))
     picture = args.png or (args.json.with_suffix(".png") if args.json else None)
