@@ -20,6 +20,7 @@ from scipy import sparse
 
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.coclustering import choose_ranks, cocluster
+from semantic_ep.plan.load_budget import LoadBudget
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import register
 from semantic_ep.plan.router_groups import balanced_ranks, check_router_groups, nested
@@ -36,8 +37,6 @@ MIN_SEQUENCES_PER_RANK = 8
 # A start costs about the square of the experts, a search about their number: with more experts
 # than this, fewer of both keep the time of a layer about the same.
 _FULL_EFFORT_EXPERTS = 64
-# Sequences that half a profile must hold to tell how loads vary.
-_MIN_HALF = 16
 # Rows of a co-clustering when token ids stand in for sequences.
 _MAX_TOKEN_IDS = 4096
 
@@ -52,8 +51,8 @@ class SemanticPolicy:
         starts: Random starts of the co-clustering, up to 64 experts; fewer beyond.
         searches: Best starts that a local search continues from, in each layer; fewer beyond.
         steps: Steps of each local search.
-        max_load: Expert load a rank, over the mean, to keep below on other requests; see
-            `load_cap`.
+        max_load: Expert load of the fullest rank, over the mean, to keep below on other requests,
+            mean over layers; see `LoadBudget`.
         evidence: Raw trace and predictor, when there are any; for mode "tokens".
         router_groups: Router groups to keep whole (see `router_groups`); 1 keeps none.
         pair_weight: For mode "requests", weight of copies that experts on one rank share, against
@@ -102,7 +101,7 @@ class SemanticPolicy:
             deadline = None if time_limit is None else started + time_limit
             ranks = self._place_requests(profile, ep_size, seed, deadline, topology)
             return Placement.from_rank_of_expert(ranks, ep_size=ep_size)
-        cap = load_cap(profile, ep_size=ep_size, allowed=self.max_load, seed=seed)
+        budget = LoadBudget(profile, ep_size=ep_size, allowed=self.max_load, seed=seed)
         ranks = contiguous.rank_of_expert.astype(np.int64)
         balanced = balanced_ranks(profile.load, ep_size=ep_size, num_groups=self.router_groups)
         try:
@@ -113,8 +112,9 @@ class SemanticPolicy:
                 sample = sample_layer(profile, self.evidence, layer, ep_size=ep_size, seed=seed)
                 known = [ranks[layer], balanced[layer]]
                 ranks[layer] = self._place_layer(
-                    sample, known, cap, ep_size, (seed, layer), deadline, topology
+                    sample, known, budget.cap(), ep_size, (seed, layer), deadline, topology
                 )
+                budget.spend(layer, ranks[layer])
         except KeyboardInterrupt:
             logger.warning("interrupted: layers from %d on keep contiguous placement", layer)
         return Placement.from_rank_of_expert(ranks, ep_size=ep_size)
@@ -235,7 +235,7 @@ class SemanticPolicy:
             * (self.pair_weight / top_k)
             for together in profile.coactivation
         ]
-        cap = load_cap(profile, ep_size=ep_size, allowed=self.max_load, seed=seed)
+        cap = LoadBudget(profile, ep_size=ep_size, allowed=self.max_load, seed=seed).cap()
         rows = _RequestRows(tables=tables, weight=weight, pairs_LEE=np.stack(pairs))
         groups = self.router_groups
         per_node = _equal_nodes(topology, ep_size, groups)
@@ -338,38 +338,6 @@ class _RequestRows:
                 [pairs[np.ix_(own, own)] for pairs, own in zip(self.pairs_LEE, expert_LE)]
             ),
         )
-
-
-def load_cap(profile: RoutingProfile, *, ep_size: int, allowed: float, seed: int) -> float:
-    """Expert load a rank, over the mean, to plan for, so that other requests stay below `allowed`.
-
-    How much a rank's load differs between one half of the profile's sequences and the other, for
-    random groups of experts, tells how much it will grow on requests not seen. Halves differ by
-    twice what the whole differs from the truth. Without sequences, less than half of what is
-    allowed above the mean is used.
-
-    Args:
-        profile: Counts planned on.
-        ep_size: EP ranks (G).
-        allowed: Largest load over the mean to expect on other requests.
-        seed: Seed of halves and groups.
-    """
-    rng = np.random.default_rng(seed)
-    sequences = rng.permutation(profile.sequence_load, axis=0)
-    half = len(sequences) // 2
-    if half < _MIN_HALF:
-        return 1 + 0.4 * (allowed - 1)
-    loads = [part.sum(axis=0, dtype=np.float64) for part in (sequences[:half], sequences[half:])]
-    layers, experts = loads[0].shape
-    growth = []
-    for _ in range(8):
-        order = rng.permutation(experts)
-        one, other = (
-            load[:, order].reshape(layers, ep_size, -1).sum(axis=2) / load.sum(axis=1)[:, None]
-            for load in loads
-        )
-        growth.append((other / np.maximum(one, 1e-12)).max(axis=1).mean() - 1)
-    return float(np.clip(allowed / (1 + np.mean(growth) / 2), 1.02, allowed))
 
 
 def _equal_nodes(topology: Topology | None, ep_size: int, router_groups: int) -> int | None:

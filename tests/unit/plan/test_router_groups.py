@@ -18,10 +18,11 @@ from semantic_ep.errors import PlacementError
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.assignment import assign_in_groups
 from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.load_budget import LoadBudget
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.samples import sample_layer
 from semantic_ep.plan.search import SwapSearch
-from semantic_ep.plan.solver import SemanticPolicy, load_cap
+from semantic_ep.plan.solver import SemanticPolicy
 from semantic_ep.plan.verdict import home_ranks
 from semantic_ep.topology import Topology
 from tests.unit.plan.synthetic import planted_trace, random_trace
@@ -58,8 +59,9 @@ def test_every_plan_is_one_that_a_checkpoint_can_carry(profile, nesting, mode, s
     check_legal(placement, profile.fingerprint, groups)
 
 
-def searches(profile, policy, *, ep_size, seed):
-    """One search a layer that values placements as the solver does."""
+def searches(profile, policy, ranks_LE, *, ep_size, seed):
+    """One search a layer that values placements as the solver does, given its placements."""
+    budget = LoadBudget(profile, ep_size=ep_size, allowed=policy.max_load, seed=seed)
     for layer in range(profile.fingerprint.num_layers):
         sample = sample_layer(profile, None, layer, ep_size=ep_size, seed=seed)
         yield SwapSearch(
@@ -69,9 +71,10 @@ def searches(profile, policy, *, ep_size, seed):
             ep_size=ep_size,
             top_k=sample.top_k,
             batches=1,
-            load_cap=load_cap(profile, ep_size=ep_size, allowed=policy.max_load, seed=seed),
+            load_cap=budget.cap(),
             pairs_EE=sample.pairs_EE,
         )
+        budget.spend(layer, ranks_LE[layer])
 
 
 @settings(max_examples=6, deadline=None)
@@ -81,7 +84,7 @@ def test_a_legal_plan_is_never_worse_than_contiguous_placement(profile, nesting,
     policy = dataclasses.replace(FAST, router_groups=groups)
     ours = policy.place(profile, ep_size=ranks, seed=seed).rank_of_expert
     contiguous = np.arange(16) * ranks // 16
-    for layer, search in enumerate(searches(profile, policy, ep_size=ranks, seed=seed)):
+    for layer, search in enumerate(searches(profile, policy, ours, ep_size=ranks, seed=seed)):
         assert search.start(ours[layer]) >= search.start(contiguous) - 1e-6
 
 
@@ -92,14 +95,14 @@ def test_the_best_legal_placement_is_found_on_small_instances():
         trace = random_trace(tokens=300, layers=1, experts=8, top_k=2, rng=rng)
         profile = RoutingProfile.from_trace(trace)
         policy = dataclasses.replace(FAST, router_groups=2)
-        ours = policy.place(profile, ep_size=4, seed=seed).rank_of_expert[0]
-        (search,) = searches(profile, policy, ep_size=4, seed=seed)
+        ours = policy.place(profile, ep_size=4, seed=seed).rank_of_expert
+        (search,) = searches(profile, policy, ours, ep_size=4, seed=seed)
         values = []
         for first, second in itertools.product(within, within):
             rank_E = np.array([int(e in first) for e in range(4)] + [0] * 4)
             rank_E[4:] = [2 + int(e in second) for e in range(4)]
             values.append(search.start(rank_E))
-        assert search.start(ours) >= max(values) - 1e-3
+        assert search.start(ours[0]) >= max(values) - 1e-3
 
 
 @pytest.mark.parametrize("mode", ["tokens", "requests"])

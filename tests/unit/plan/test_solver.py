@@ -11,13 +11,14 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from semantic_ep.errors import PlacementError
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.load_budget import LoadBudget
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import policies
 from semantic_ep.plan.predictors import choose_predictor
 from semantic_ep.plan.samples import Evidence, sample_layer
 from semantic_ep.plan.search import SwapSearch, saving_by_pairs
 from semantic_ep.plan.slices import equal_slices
-from semantic_ep.plan.solver import SemanticPolicy, load_cap
+from semantic_ep.plan.solver import SemanticPolicy
 from semantic_ep.plan.verdict import home_ranks
 from semantic_ep.topology import Topology
 from tests.unit.plan.synthetic import planted_trace, random_trace
@@ -125,6 +126,7 @@ def test_never_worse_than_a_baseline_start_by_the_solvers_own_objective(start):
     profile = RoutingProfile.from_trace(trace)
     ours = FAST.place(profile, ep_size=4, seed=3)
     theirs = policies()[start].place(profile, ep_size=4, seed=3)
+    budget = LoadBudget(profile, ep_size=4, allowed=1.15, seed=3)
     for layer in range(2):
         sample = sample_layer(profile, None, layer, ep_size=4, seed=3)
         search = SwapSearch(
@@ -134,12 +136,13 @@ def test_never_worse_than_a_baseline_start_by_the_solvers_own_objective(start):
             ep_size=4,
             top_k=3,
             batches=1,
-            load_cap=load_cap(profile, ep_size=4, allowed=1.15, seed=3),
+            load_cap=budget.cap(),
             pairs_EE=sample.pairs_EE,
         )
         assert search.start(ours.rank_of_expert[layer]) >= (
             search.start(theirs.rank_of_expert[layer]) - 1e-6
         )
+        budget.spend(layer, ours.rank_of_expert[layer])
 
 
 def test_the_same_seed_gives_the_same_placement():
@@ -223,11 +226,25 @@ def test_pairs_save_exactly_what_random_placement_saves():
     assert predicted == pytest.approx(4 - distinct, rel=0.03)
 
 
+def _first_cap(profile: RoutingProfile) -> float:
+    return LoadBudget(profile, ep_size=4, allowed=1.15, seed=0).cap()
+
+
 def test_the_load_planned_for_leaves_room_for_how_much_sequences_differ():
     steady = RoutingProfile.from_trace(planted_trace(requests=400, noise=1.0))
-    caps = [load_cap(steady, ep_size=4, allowed=1.15, seed=0)]
     few = RoutingProfile.from_trace(planted_trace(requests=40, length=8, noise=0.0))
-    caps.append(load_cap(few, ep_size=4, allowed=1.15, seed=0))
-    assert 1.15 > caps[0] > caps[1] >= 1.02
+    assert 1.15 > _first_cap(steady) > _first_cap(few) >= 1.02
     unknown = dataclasses.replace(few, sequence_load=few.sequence_load[:0])
-    assert load_cap(unknown, ep_size=4, allowed=1.15, seed=0) == pytest.approx(1.06)
+    assert _first_cap(unknown) == pytest.approx(1.06)
+
+
+def test_layers_that_stay_below_the_load_planned_for_leave_room_for_later_ones():
+    profile = RoutingProfile.from_trace(planted_trace(requests=400, noise=1.0))
+    profile = dataclasses.replace(profile, load=profile.load * np.arange(1, 17))
+    even, uneven = np.tile([0, 1, 2, 3, 3, 2, 1, 0], 2), np.arange(16) // 4
+    caps = []
+    for rank_E in (even, uneven):
+        budget = LoadBudget(profile, ep_size=4, allowed=1.15, seed=0)
+        budget.spend(0, rank_E)
+        caps.append(budget.cap())
+    assert caps[0] > caps[1]
