@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from semantic_ep.artifacts import write_file_atomically
+
 LATEST = "latest_checkpointed_iteration.txt"
 # The format of the distributed optimizer that 0.16 and 0.19 write in logical order.
 # "mem_efficient" gathers it over gloo, as a CPU must and a GPU can.
@@ -159,7 +161,7 @@ def save(training: Training, args: argparse.Namespace) -> None:
             training.replanning.at_checkpoint(training.step, profile)
     dist.barrier()
     if dist.get_rank() == 0:
-        (args.save / LATEST).write_text(str(training.step))
+        write_file_atomically(args.save / LATEST, str(training.step).encode())
 
 
 def load(training: Training, args: argparse.Namespace) -> None:

@@ -154,5 +154,8 @@ def _rank_main(
         writer.send_bytes(message)
     finally:
         writer.close()
+        # Processes that a framework started, as for checkpoints, would outlive this one.
+        for child in multiprocessing.active_children():
+            child.kill()
         # Group destruction may wait for a dead peer; the process has nothing left to lose.
         os._exit(0)

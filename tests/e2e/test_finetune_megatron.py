@@ -51,11 +51,11 @@ def corpus(tmp_path_factory):
     return directory
 
 
-def finetune(corpus, output, *arguments):
+def finetune(corpus, output, *arguments, script="launch/finetune_megatron.py"):
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "launch/finetune_megatron.py", *ARGUMENTS),
+            *("--nproc-per-node", "2", str(script), *ARGUMENTS),
             *("--data-path", str(corpus), "--output", str(output), *arguments),
         ],
         cwd=ROOT,
@@ -136,3 +136,69 @@ def test_a_trained_model_is_one_of_transformers_and_is_trained_on_from_there(
     with torch.no_grad():
         loss = AutoModelForCausalLM.from_pretrained(model)(token_id, labels=labels).loss
     assert rows(tmp_path / "second")[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+# The training script. In the last step rank 1 leaves half of its part of the checkpoint, and rank 0
+# is killed while it writes the profile.
+KILLED = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "launch")
+import finetune_megatron
+from megatron.core import dist_checkpointing
+
+save, write, replace = finetune_megatron.save, dist_checkpointing.save, os.replace
+
+def die(*_):
+    # Not even the processes that Megatron started for the checkpoint stay.
+    for child in multiprocessing.active_children():
+        child.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def write_half(state, directory):
+    write(state, directory)
+    own = sorted(Path(directory).glob("__1_*.distcp"))[0]
+    os.truncate(own, own.stat().st_size // 2)
+
+def die_at_the_manifest(source, target):
+    if Path(target).name == "manifest.json":
+        die()
+    replace(source, target)
+
+def save_or_die(training, args):
+    if training.step == args.train_iters:
+        if os.environ["RANK"] == "1":
+            dist_checkpointing.save = write_half
+        else:
+            os.replace = die_at_the_manifest
+    save(training, args)
+
+finetune_megatron.save = save_or_die
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, die)  # The launcher stops the rank that is left.
+    sys.exit(finetune_megatron.main())
+"""
+
+
+def test_a_rank_killed_while_saving_leaves_the_checkpoint_and_profile_before(corpus, tmp_path):
+    output, script = tmp_path / "run", tmp_path / "killed.py"
+    script.write_text(KILLED)
+    observe = ("--semantic-ep-observe-output", str(output / "profile"))
+    done = finetune(corpus, output, *observe, script=script)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    checkpoint = output / "checkpoint"
+    assert list((checkpoint / f"iter_{STEPS:07d}").glob("__1_*.distcp"))
+    assert (checkpoint / "latest_checkpointed_iteration.txt").read_text() == "6"
+    before = RoutingProfile.read(output / "profile")
+    saved = RoutingProfile.read(checkpoint / "iter_0000006" / "routing_profile")
+    np.testing.assert_array_equal(before.load, saved.load)
+    assert before.meta["steps"] == 6
+
+    done = finetune(corpus, output, *observe, "--load", str(checkpoint))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in rows(output)][-2:] == [8, 12]
+    profile = RoutingProfile.read(output / "profile")
+    assert (profile.load.sum(axis=1) == 2 * profile.tokens).all()
+    assert profile.tokens > before.tokens
+    assert (checkpoint / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
