@@ -88,7 +88,7 @@ def compare(entry: Published, *, seed: int) -> dict[str, Any]:
         counted_bytes = entry.tokens * float(rows.sum(axis=2).mean()) * entry.row_bytes
         stated = counted_bytes / (entry.gigabytes_per_second * 1e9) * 1e6
     return {
-        "what": f"{entry.kernel} {entry.way} EP{entry.ep_size} {entry.intra_node.name}",
+        "what": f"{entry.kernel} {entry.way} EP{entry.ep_size}, {entry.tokens} tokens",
         "stated_us": stated,
         "predicted_us": predicted,
         "error": predicted / stated - 1,

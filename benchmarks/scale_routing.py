@@ -85,7 +85,7 @@ def joined_trace(
             size = recorded.num_experts // shape.num_experts
             experts = (rng.permutation(recorded.num_experts) // size)[experts]
         in_order = experts.transpose(0, 2, 1).reshape(len(experts), -1)
-        chosen = _first_distinct(in_order, shape)
+        chosen = _first_distinct(in_order, shape, rng)
         routes.append(_renumbering(shape, rng)[chosen])
     return RoutingTrace(
         fingerprint=ModelFingerprint(
@@ -123,10 +123,13 @@ def blind_trace(shape: RouterShape, *, tokens: int, seed: int) -> RoutingTrace:
     )
 
 
-def _first_distinct(in_order: np.ndarray, shape: RouterShape) -> np.ndarray:
+def _first_distinct(
+    in_order: np.ndarray, shape: RouterShape, rng: np.random.Generator
+) -> np.ndarray:
     """[N, K] the first K different experts of each row, in the groups that it may use.
 
-    A group-limited token uses the groups with most of its activations.
+    A group-limited token uses the groups with most of its activations, any of those with equally
+    many.
 
     Raises:
         ConfigError: Too many rows have fewer.
@@ -138,8 +141,8 @@ def _first_distinct(in_order: np.ndarray, shape: RouterShape) -> np.ndarray:
     if shape.groups > 1:
         size = shape.num_experts // shape.groups
         grouped = position.reshape(tokens, shape.groups, size)
-        activations = (grouped < width).sum(axis=2)
-        order = np.argsort(-activations, axis=1, kind="stable")
+        activations = (grouped < width).sum(axis=2) + rng.random(grouped.shape[:2])
+        order = np.argsort(-activations, axis=1)
         np.put_along_axis(grouped, order[:, shape.top_groups :, None], width, axis=1)
     chosen = np.argsort(position, axis=1, kind="stable")[:, : shape.top_k]
     # Where merging leaves a token too few, experts in order of their number fill up.
