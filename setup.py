@@ -43,6 +43,7 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 EXTRAS["dev"] = [
+    "build>=1.2",
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.10",
@@ -50,6 +51,7 @@ EXTRAS["dev"] = [
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
+    "twine>=6",
 ]
 
 
@@ -121,6 +123,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
+    # What the tests run on; newer ones are accepted by the dependencies and untested.
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=[
         *find_packages(include=["semantic_ep", "semantic_ep.*"]),
         "semantic_ep.patches",

@@ -2,14 +2,18 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from semantic_ep import __version__
 from semantic_ep.runtime.kernels import build
 
 ROOT = Path(__file__).resolve().parents[2]
+# What a package may hold, by its first two folders; everything else is the repository's.
+SHIPPED = ("semantic_ep/", "semantic_ep-")
 KERNELS = "semantic_ep/runtime/kernels"
 
 
@@ -31,9 +35,17 @@ def tree(tmp_path, monkeypatch):
     return tmp_path
 
 
+def sources(folder):
+    return [p for p in (ROOT / folder).rglob("*.py") if "__pycache__" not in p.parts]
+
+
 def run_setup(tree, *arguments):
+    return run(tree, "setup.py", *arguments)
+
+
+def run(tree, *arguments):
     done = subprocess.run(
-        [sys.executable, "setup.py", *arguments],
+        [sys.executable, *arguments],
         cwd=tree,
         capture_output=True,
         text=True,
@@ -87,3 +99,46 @@ def test_an_editable_install_compiles_nothing(tree, monkeypatch):
     assert not (tree / "compiled").exists()
     run_setup(tree, "build_py")
     assert (tree / "compiled").exists()
+
+
+def test_sdist_and_wheel_build_from_each_other_and_pass_the_index_checks(tree):
+    for tool in ("build", "twine"):
+        if importlib.util.find_spec(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    # Without isolation: a test must not need the network. The wheel is made from the sdist.
+    run(tree, "-m", "build", "--no-isolation", ".")
+    files = sorted((tree / "dist").iterdir())
+    assert {file.suffix for file in files} == {".whl", ".gz"}
+    said = run(tree, "-m", "twine", "check", "--strict", *map(str, files))
+    assert said.count("PASSED") == 2
+
+    wheel, names = wheel_of(tree)
+    assert all(name.startswith(SHIPPED) for name in names), sorted(names)
+    packaged = {
+        f"semantic_ep/patches/{p.relative_to(ROOT / 'patches')}" for p in sources("patches")
+    }
+    packaged |= {str(p.relative_to(ROOT)) for p in sources("semantic_ep")}
+    assert packaged <= names
+    data = (".npz", ".safetensors", ".jsonl", ".csv")
+    assert not [name for name in names if name.endswith(data) or "/tests/" in name]
+    metadata = zipfile.ZipFile(wheel).read(f"{SHIPPED[1]}{__version__}.dist-info/METADATA").decode()
+    assert "Requires-Python: >=3.11\n" in metadata
+    assert "Programming Language :: Python :: 3.11\n" in metadata
+
+    (sdist,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "LICENSE", "README.md", f"{KERNELS}/csrc/moe.h"} <= inside
+
+
+def test_the_command_tells_the_version_that_the_changelog_begins_with(capsys):
+    from semantic_ep.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.strip() == f"semantic_ep {__version__}"
+    headings = [
+        line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")
+    ]
+    assert headings[0].split()[1] == __version__
