@@ -168,10 +168,14 @@ def load(training: Training, args: argparse.Namespace) -> None:
     """Go on from the latest checkpoint of `--load`, if there is one."""
     from megatron.core import dist_checkpointing
 
+    from semantic_ep.integrations.megatron import check_optimizer_fits
+
     if args.load is None or not (args.load / LATEST).is_file():
         return
     directory = args.load / f"iter_{int((args.load / LATEST).read_text()):07d}"
     optimizer = not (args.finetune or args.no_load_optim)
+    if optimizer:
+        check_optimizer_fits(directory, training.optimizer)
     state = checkpoint_state(training, optimizer=optimizer, loading=True)
     loaded = dist_checkpointing.load(state, str(directory))
     model = training.model

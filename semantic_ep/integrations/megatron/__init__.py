@@ -12,6 +12,7 @@ In a script that builds a Megatron model:
 """
 
 from semantic_ep.config import add_arguments
+from semantic_ep.integrations.megatron.checkpoint import check_optimizer_fits
 from semantic_ep.integrations.megatron.groups import SemanticExpertGroup
 from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
 from semantic_ep.integrations.megatron.observation import ModelObservation
@@ -25,5 +26,6 @@ __all__ = [
     "SemanticMoELayer",
     "SemanticRun",
     "add_arguments",
+    "check_optimizer_fits",
     "place_experts",
 ]

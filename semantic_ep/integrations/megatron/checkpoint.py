@@ -8,10 +8,12 @@ derives its own entries from these, so its state follows.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron.core.dist_checkpointing import load_tensors_metadata
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
@@ -48,6 +50,40 @@ def to_logical_order(entries: Iterable[Any], *, axis: int, slot_to_logical: Sequ
                     allowed="ShardedTensor, ShardedTensorFactory, ShardedObject",
                 )
             )
+
+
+def check_optimizer_fits(directory: str | os.PathLike[str], optimizer: Any) -> None:
+    """Refuse a checkpoint whose optimizer state Megatron names otherwise; collective.
+
+    Experts that are spread over ranks have an optimizer of their own, chained to that of the other
+    parameters, which is in the names of the states. From one expert-parallel size above 1 to
+    another the names are the same, and states load.
+
+    Args:
+        directory: Of a `torch_dist` checkpoint.
+        optimizer: Of `get_megatron_optimizer`, that would load it.
+
+    Raises:
+        CheckpointError: One of the two runs spreads experts, and the other does not.
+    """
+    stored = [key for key in load_tensors_metadata(str(directory)) if "optimizer.state" in key]
+    was_chained = any(key.startswith("chained_") for key in stored)
+    is_chained = len(getattr(optimizer, "chained_optimizers", ())) > 1
+    if stored and was_chained != is_chained:
+        raise CheckpointError(
+            explain(
+                "Megatron keeps the optimizer state of experts apart where they are spread over "
+                "ranks, and cannot load it where they are not, or the other way round",
+                where=f"--expert-model-parallel-size, and {directory}",
+                got=f"saved with experts {_SPREAD[was_chained]}, loaded with experts "
+                f"{_SPREAD[is_chained]}",
+                do="Keep --expert-model-parallel-size above 1, at any size, or at 1; or pass "
+                "--no-load-optim to start the optimizer afresh",
+            )
+        )
+
+
+_SPREAD = {True: "spread", False: "not spread"}
 
 
 def _relabelling(build: Any, axis: int, slot_to_logical: Sequence[int]) -> Any:
