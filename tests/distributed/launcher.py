@@ -150,12 +150,13 @@ def _rank_main(
         message = pickle.dumps((True, target(rank, world_size, *args)))
     except BaseException:
         message = pickle.dumps((False, traceback.format_exc()))
+    # Processes that a framework started, as for checkpoints, would outlive this one, which is killed
+    # when its result is there.
+    for child in multiprocessing.active_children():
+        child.kill()
     try:
         writer.send_bytes(message)
     finally:
         writer.close()
-        # Processes that a framework started, as for checkpoints, would outlive this one.
-        for child in multiprocessing.active_children():
-            child.kill()
         # Group destruction may wait for a dead peer; the process has nothing left to lose.
         os._exit(0)
