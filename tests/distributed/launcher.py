@@ -150,8 +150,8 @@ def _rank_main(
         message = pickle.dumps((True, target(rank, world_size, *args)))
     except BaseException:
         message = pickle.dumps((False, traceback.format_exc()))
-    # Processes that a framework started, as for checkpoints, would outlive this one, which is killed
-    # when its result is there.
+    # Processes that a framework started, as for checkpoints, would outlive this one, which is
+    # killed when its result is there.
     for child in multiprocessing.active_children():
         child.kill()
     try:
