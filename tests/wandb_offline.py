@@ -82,7 +82,7 @@ class OfflineRun:
                         {
                             "name": artifact.name,
                             "type": artifact.type,
-                            "metadata": json.loads(artifact.metadata),
+                            "metadata": json.loads(artifact.metadata or "{}"),
                             "uploads": sorted(
                                 entry.path
                                 for entry in artifact.manifest.contents

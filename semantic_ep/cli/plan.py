@@ -89,6 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument("--dry-run", action="store_true", help="judge, but write nothing")
+    parser.add_argument(
+        "--wandb",
+        choices=("auto", "online", "offline", "disabled"),
+        default="disabled",
+        help="record the verdict, and profile -> plan, in metrics.jsonl beside the plan and in "
+        "Weights & Biases (default: disabled)",
+    )
 
 
 def add_topology_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -110,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     from semantic_ep.plan.schedule import Schedule
     from semantic_ep.plan.verdict import verdict
 
+    _check_tracking(args)
     groups = router_groups(args)
     profile = RoutingProfile.read(args.profile)
     held_out = _holdout(args)
@@ -147,11 +155,45 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         result["sha256"] = plan.save(args.output, parents)
         result["output"] = str(args.output)
+        if args.wandb != "disabled":
+            _track(args, account)
     if args.json:
         print(json.dumps(result, indent=1))
     else:
         _print(account, plan, result)
     return EXIT_OK if account["worth_it"] else EXIT_NO
+
+
+def _check_tracking(args: argparse.Namespace) -> None:
+    from semantic_ep.errors import ConfigError, explain
+
+    if args.dry_run and args.wandb != "disabled":
+        raise ConfigError(
+            explain("a dry run is not recorded", where="--dry-run and --wandb", do="Give one")
+        )
+
+
+def _track(args: argparse.Namespace, account: dict[str, Any]) -> None:
+    """Record arguments, verdict and lineage beside the plan."""
+    from semantic_ep.artifacts import is_artifact
+    from semantic_ep.tracking import Tracker
+
+    with Tracker.start(
+        args.output.absolute().parent, config=vars(args), job_type="plan", wandb=args.wandb
+    ) as tracker:
+        tracker.log(
+            {
+                f"plan/{name}": account[name]
+                for name in ("remote_copies_saved", "straggler_rows_saved", "worth_it")
+            }
+        )
+        tracker.log_table("plan/policies", account["policies"])
+        # One can plan from a trace, too: it is recorded as what it is.
+        kind = "profile" if is_artifact(args.profile, kind="profile") else "trace"
+        tracker.log_artifact(args.profile, kind, role="input")
+        if args.current is not None:
+            tracker.log_artifact(args.current, "plan", role="input")
+        tracker.log_artifact(args.output, "plan")
 
 
 def _current(args: argparse.Namespace, profile: RoutingProfile) -> Plan | None:

@@ -46,7 +46,7 @@ def _one(args: argparse.Namespace) -> int:
     output = args.output or args.run_dirs[0]
     files = write_report(report, output)
     if args.wandb != "disabled":
-        _log(report, files, output, args.wandb)
+        _log(report, args.run_dirs[0], files, output, args.wandb)
     print(report["headline"]["sentence"])
     for stage in report["stages"]:
         if not stage["done"]:
@@ -85,7 +85,9 @@ def _several(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _log(report: dict[str, Any], files: list[Path], output: Path, wandb: WandbSetting) -> None:
+def _log(
+    report: dict[str, Any], run_dir: Path, files: list[Path], output: Path, wandb: WandbSetting
+) -> None:
     from semantic_ep.tracking import Tracker
 
     with Tracker.start(output, job_type="report", wandb=wandb) as tracker:
@@ -96,4 +98,9 @@ def _log(report: dict[str, Any], files: list[Path], output: Path, wandb: WandbSe
         for file in files:
             if file.suffix == ".png":
                 tracker.log_image(f"{prefix}/{file.stem}", file)
+        if report["plan"]:
+            tracker.log_table("plan/policies", report["plan"]["policies"])
+        for kind in ("profile", "plan"):
+            if report["observe" if kind == "profile" else "plan"]:
+                tracker.log_artifact(run_dir / kind, kind, role="input")
         tracker.log_artifact(files[-1], "report")

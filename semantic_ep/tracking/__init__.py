@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +40,7 @@ ArtifactRole = Literal["output", "input"]
 
 
 class Tracker:
-    """Records metrics, artefacts and images of one run. Make it with `Tracker.start`.
+    """Records metrics, artefacts, tables and images of one run. Make it with `Tracker.start`.
 
     On ranks other than the writer every method returns at once, so callers need no rank checks.
     """
@@ -194,6 +194,26 @@ class Tracker:
 
             image = wandb.Image(str(file))
             self._wandb_run.log({name: image}, commit=self._owns_wandb_run)
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record a table under `<prefix>/<name>`; the keys of its first row are the columns.
+
+        Raises:
+            ConfigError: The name has no known prefix, or there is no row.
+        """
+        if self._jsonl is None:
+            return
+        _checked_prefix(name)
+        if not rows:
+            raise ConfigError(explain("a table needs a row", where=name))
+        columns = list(rows[0])
+        data = [[row.get(column) for column in columns] for row in rows]
+        self._event("table", name=name, columns=columns, rows=data)
+        if self._wandb_run is not None:
+            import wandb
+
+            table = wandb.Table(columns=columns, data=data)
+            self._wandb_run.log({name: table}, commit=self._owns_wandb_run)
 
     def finish(self, *, exit_code: int = 0) -> None:
         """Close the records. A W&B run that was open before stays open."""

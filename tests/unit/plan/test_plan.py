@@ -12,7 +12,9 @@ from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
+from semantic_ep.tracking import METRICS_FILE
 from tests.unit.plan.synthetic import planted_trace
+from tests.wandb_offline import OfflineRun
 
 
 @pytest.fixture
@@ -92,6 +94,40 @@ def test_the_command_writes_a_plan_with_its_verdict_and_parent(run_dir, capsys):
     assert plan.sha256 == printed["sha256"]
     names = {row["policy"] for row in plan.verdict["policies"]}
     assert names == {"contiguous", "random", "eplb", "semantic"}
+
+
+def test_a_tracked_plan_names_its_profile_and_the_report_names_the_plan(run_dir, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert main(_arguments(run_dir, "--wandb", "offline")) == 0
+    planning = OfflineRun.in_directory(run_dir)
+    profile_sha = RoutingProfile.read(run_dir / "profile").sha256
+    plan = Plan.read(run_dir / "plan")
+    assert (planning.job_type, planning.config["ep_size"]) == ("plan", 4)
+    assert planning.config["inputs"]["profile"]["sha256"] == profile_sha
+    logged = {artifact["type"]: artifact for artifact in planning.artifacts}
+    assert logged["plan"]["metadata"]["sha256"] == plan.sha256
+    assert logged["plan"]["metadata"]["parents"] == {"profile": profile_sha}
+    assert planning.axes["plan/*"] == "plan/step"
+    key = "plan/remote_copies_saved"
+    (saved,) = [row[key] for row in planning.history if key in row]
+    assert saved == pytest.approx(plan.verdict["remote_copies_saved"])
+
+    report = run_dir / "drawn"
+    assert main(["report", str(run_dir), "-o", str(report), "--wandb", "offline"]) == 0
+    drawn = OfflineRun.in_directory(report)
+    assert drawn.config["inputs"]["plan"]["sha256"] == plan.sha256
+    assert drawn.config["inputs"]["profile"]["sha256"] == profile_sha
+    events = [json.loads(line) for line in (report / METRICS_FILE).read_text().splitlines()]
+    (table,) = [event for event in events if event.get("event") == "table"]
+    assert table["name"] == "plan/policies"
+    best = dict(zip(table["columns"], table["rows"][-1], strict=True))
+    assert (best["policy"], best["schedule"]) == ("semantic", "by affinity")
+
+
+def test_a_dry_run_is_not_recorded(run_dir, capsys):
+    assert main(_arguments(run_dir, "--dry-run", "--wandb", "offline")) == 2
+    assert "a dry run is not recorded" in capsys.readouterr().err
+    assert not (run_dir / METRICS_FILE).exists()
 
 
 def test_a_dry_run_writes_nothing(run_dir, capsys):
