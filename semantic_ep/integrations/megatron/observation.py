@@ -34,8 +34,8 @@ class ModelObservation(RoutingObservation):
 
     The forward pass must get its token ids as `input_ids`, [batch, sequence], already cut to this
     context-parallel rank, as Megatron's own batches are. Of pipeline stages only the first needs
-    them. Of tensor-parallel ranks that see the same tokens the first one counts; with sequence
-    parallelism each counts its part of every sequence.
+    them, and `step` is collective over the stages. Of tensor-parallel ranks that see the same
+    tokens the first one counts; with sequence parallelism each counts its part of every sequence.
     """
 
     framework = "megatron-core"
