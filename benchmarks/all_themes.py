@@ -18,6 +18,7 @@ _V2 = "{data}/traces/deepseek_v2_lite_chat.npz"
 _OSS = "{data}/traces/gpt_oss_20b.npz"
 # Theme -> flags that it needs, and flags for a quick look. A theme that is not here needs none.
 _FLAGS = {
+    "lookahead": (["--run", "runs/quickstart"], ["--max-tokens", "32"]),
     "plan": (["--trace", _V2, "--trace", _OSS], ["--ep", "4", "--seeds", "1", "--methods", "eplb"]),
     "plan_bounds": (["--trace", _OSS], ["--ep", "4"]),
     "plan_scale": (["--trace", _V2], ["--layers", "1", "--vocab", "8000", "--ep", "8"]),

@@ -58,17 +58,23 @@ class LookAheadPredictor:
         return "look-ahead"
 
     @torch.no_grad()
-    def experts(self, layer: int, residual_TD: Tensor) -> Tensor:
-        """[T, K] int64, the experts expected."""
-        _, _, expert_TK = self.routers[layer](self.norms[layer](residual_TD))
-        return expert_TK
+    def expert_scores(self, layer: int, residual_TD: Tensor) -> Tensor:
+        """[T, E] float32: 1 for the experts that the router chooses now, plus its probabilities.
+
+        These tell what the rest of the stream may yet tip: near misses, and narrow choices.
+        """
+        logits_TE, _, expert_TK = self.routers[layer](self.norms[layer](residual_TD))
+        return (
+            logits_TE.float()
+            .softmax(dim=-1)
+            .scatter_add(1, expert_TK, torch.ones_like(expert_TK, dtype=torch.float32))
+        )
 
     def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
         """See `semantic_ep.plan.predictors.Predictor`; needs a `ResidualContext`."""
         assert isinstance(context, ResidualContext)
-        expert_TK = self.experts(context.layer, context.residual_TD).cpu().numpy()
-        held_EG = placement.expert_on_rank[context.layer]
-        scores: np.ndarray = held_EG[expert_TK].sum(axis=1, dtype=np.float32)
+        scores_TE = self.expert_scores(context.layer, context.residual_TD).cpu().numpy()
+        scores: np.ndarray = scores_TE @ placement.expert_on_rank[context.layer]
         return scores
 
     @classmethod

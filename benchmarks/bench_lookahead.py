@@ -1,0 +1,313 @@
+"""Which predictor deals single tokens best: table, n-gram of devices, ridge, or look-ahead.
+
+Runs the model of a quickstart on documents it was trained on, which are the profile, and on those
+held out, and records in each MoE layer the experts that the router chose and those that the same
+router would have chosen before attention. Held-out tokens are then cut into equal slices as
+attention-TP does, by each predictor's scores, on the same placements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.registry import Chart, Result, Table
+from semantic_ep.errors import ConfigError, explain
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.traces import RoutingTrace
+from semantic_ep.plan.bounds import oracle_home_ranks
+from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.placement import Placement
+from semantic_ep.plan.predictors import (
+    Context,
+    Predictor,
+    RidgePredictor,
+    TablePredictor,
+    choose_predictor,
+)
+from semantic_ep.plan.samples import Evidence
+from semantic_ep.plan.slices import BATCH_TOKENS, natural_slices
+from semantic_ep.plan.solver import SemanticPolicy
+from semantic_ep.plan.verdict import home_ranks
+
+RIDGE_DEPTH = 2
+LOOK_BACK = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the theme's flags."""
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/quickstart"), help="output of launch/quickstart.sh"
+    )
+    parser.add_argument("--ep", type=int, nargs="+", default=[4])
+    parser.add_argument("--profile-documents", type=int, default=160)
+    parser.add_argument("--holdout-documents", type=int, default=80)
+    parser.add_argument("--max-tokens", type=int, default=256, help="of a document")
+    parser.add_argument("--seed", type=int, default=0, help="of the planner")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Record, plan and compare."""
+    routes = Recording(args.run / "model")
+    data = args.run / "data"
+    profiled, _ = routes.of_documents(
+        training_documents(data, args.profile_documents, args.max_tokens)
+    )
+    holdout, ahead = routes.of_documents(
+        routes.held_out_documents(data, args.holdout_documents, args.max_tokens)
+    )
+    profile = RoutingProfile.from_trace(profiled, vocab_size=routes.vocab_size)
+    rows = []
+    for ep_size in args.ep:
+        for kind, placement in placements(profiled, profile, ep_size, args.seed).items():
+            homes = {
+                "none: slices in order": natural_slices(
+                    holdout.num_tokens, ep_size, batch=BATCH_TOKENS
+                )
+            }
+            for predictor in predictors(profiled, profile, placement, ahead):
+                homes[predictor.name] = home_ranks(
+                    holdout, placement, profile, "tokens", predictor=predictor
+                )
+            homes["oracle"] = oracle_home_ranks(placement, holdout, "tokens")
+            rows += [
+                {"ep_size": ep_size, "placement": kind, "predictor": name, **measured}
+                for name, home in homes.items()
+                for measured in [evaluate(placement, holdout, home).mean()]
+            ]
+    protocol = {
+        "model": dataclasses.asdict(holdout.fingerprint),
+        "profile": f"{profiled.num_requests} training documents, {profiled.num_tokens} tokens",
+        "holdout": f"{holdout.num_requests} documents, {holdout.num_tokens} tokens",
+        "slices": f"equal, of {BATCH_TOKENS} consecutive tokens, anew in each layer",
+        "look_ahead_recall": float(recall(ahead, holdout.experts)),
+    }
+    return Result(theme="lookahead", protocol=protocol, rows=rows, **shown(rows, protocol))
+
+
+class Recording:
+    """A Hugging Face model that tells its routes, and those seen ahead.
+
+    Args:
+        directory: Of the model and its tokenizer.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not (directory / "config.json").is_file():
+            raise ConfigError(
+                explain("there is no model", where=str(directory), do="Run launch/quickstart.sh")
+            )
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from semantic_ep.integrations.look_ahead import LookAheadPredictor
+        from semantic_ep.integrations.transformers import decoder_layer_of, find_moe_layers
+
+        self._model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self._look_ahead = LookAheadPredictor.of_model(self._model)
+        self._streams: list[Any] = []
+        self._chosen: list[Any] = []
+        for site in find_moe_layers(self._model):
+            layer = decoder_layer_of(self._model, site)
+            layer.register_forward_pre_hook(lambda _, args: self._streams.append(args[0][0]))
+            self._model.get_submodule(site.router).register_forward_hook(
+                lambda _, __, out: self._chosen.append(out[2])
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self._model.config.vocab_size)
+
+    def held_out_documents(self, data: Path, limit: int, max_tokens: int) -> list[list[int]]:
+        """Token ids of documents that were not trained on."""
+        texts = [row["text"] for row in spread_over(data / "holdout.jsonl", limit)]
+        return [ids[:max_tokens] for ids in self._tokenizer(texts)["input_ids"] if ids]
+
+    def of_documents(self, documents: Sequence[Sequence[int]]) -> tuple[RoutingTrace, np.ndarray]:
+        """The routes of documents, a request each, and [N, L, E], what the look-ahead expects."""
+        from semantic_ep.integrations.transformers import model_fingerprint
+
+        runs = [self._run(ids) for ids in documents]
+        chosen_NLK, ahead_NLE = (
+            np.concatenate(one, axis=1).swapaxes(0, 1) for one in zip(*runs, strict=True)
+        )
+        trace = RoutingTrace(
+            fingerprint=model_fingerprint(self._model),
+            experts=chosen_NLK.astype(np.uint16),
+            offsets=np.cumsum([0, *map(len, documents)]),
+            token_id=np.concatenate(documents).astype(np.int32),
+        )
+        return trace, ahead_NLE
+
+    def _run(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        self._streams.clear()
+        self._chosen.clear()
+        with torch.inference_mode():
+            self._model(input_ids=torch.tensor([tokens]), use_cache=False)
+            chosen = torch.stack(self._chosen).numpy()
+            # Asking the routers again adds to what the hooks hold, which is cleared next time.
+            streams = enumerate(list(self._streams))
+            ahead = torch.stack([self._look_ahead.expert_scores(layer, x) for layer, x in streams])
+        return chosen, ahead.numpy()
+
+
+def training_documents(data: Path, limit: int, max_tokens: int) -> list[list[int]]:
+    """Token ids of documents that the model was trained on."""
+    tokens = np.load(data / "train.npy", mmap_mode="r")
+    return [
+        tokens[row["first"] : row["first"] + min(row["tokens"], max_tokens)].tolist()
+        for row in spread_over(data / "documents.jsonl", limit)
+    ]
+
+
+def spread_over(path: Path, limit: int) -> list[dict[str, Any]]:
+    """At most `limit` rows of a file, spread over it: it is sorted by kind."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    picked = np.linspace(0, len(lines) - 1, min(limit, len(lines))).astype(int)
+    return [json.loads(lines[row]) for row in picked]
+
+
+def placements(
+    profiled: RoutingTrace, profile: RoutingProfile, ep_size: int, seed: int
+) -> dict[str, Placement]:
+    """The contiguous one, and the planner's for single tokens."""
+    chosen = choose_predictor(profiled, profile, ep_size=ep_size, batch=BATCH_TOKENS, seed=seed)
+    policy = SemanticPolicy(mode="tokens", evidence=Evidence(trace=profiled, predictor=chosen))
+    fingerprint = profile.fingerprint
+    return {
+        "contiguous": Placement.contiguous(
+            num_layers=fingerprint.num_layers, num_experts=fingerprint.num_experts, ep_size=ep_size
+        ),
+        "semantic": policy.place(profile, ep_size=ep_size, seed=seed),
+    }
+
+
+def predictors(
+    profiled: RoutingTrace, profile: RoutingProfile, placement: Placement, ahead_NLE: np.ndarray
+) -> list[Predictor]:
+    """What is compared; the look-ahead's experts were recorded for the held-out tokens."""
+    table = TablePredictor(profile=profile)
+    return [
+        table,
+        NGramPredictor.fit(profiled, table, placement),
+        RidgePredictor.fit(profiled, profile, depth=RIDGE_DEPTH),
+        SeenAhead(scores=ahead_NLE),
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeenAhead:
+    """A `LookAheadPredictor` whose scores for a whole trace were recorded.
+
+    Attributes:
+        scores: [N, L, E].
+    """
+
+    scores: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return "look-ahead"
+
+    def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
+        """See `Predictor.rank_scores`; the context must be of all tokens."""
+        on_ranks: np.ndarray = (
+            self.scores[:, context.layer] @ placement.expert_on_rank[context.layer]
+        )
+        return on_ranks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NGramPredictor:
+    """The published rule: token table, or the devices of the last layers where they are surer.
+
+    arXiv 2503.04398: `dev = where(Tp > Ap, T[token], A[device history])`, two layers back. Here
+    a token's device in a layer is the rank with most of its experts.
+
+    Attributes:
+        table: Of the profile.
+        share: [L, G, ..., G, G] expected share of activations on each rank after a history.
+    """
+
+    table: TablePredictor
+    share: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return "n-gram of devices and token table"
+
+    def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
+        """See `Predictor.rank_scores`."""
+        by_token = self.table.rank_scores(context, placement)
+        if context.layer < LOOK_BACK:
+            return by_token
+        history = devices(context.history, placement)[:, context.layer - LOOK_BACK :]
+        by_history = self.share[context.layer][tuple(history.T)]
+        by_token = by_token / np.maximum(by_token.sum(axis=1, keepdims=True), 1e-9)
+        surer = by_token.max(axis=1) > by_history.max(axis=1)
+        return np.where(surer[:, None], by_token, by_history)
+
+    @classmethod
+    def fit(
+        cls, trace: RoutingTrace, table: TablePredictor, placement: Placement
+    ) -> NGramPredictor:
+        """Count the histories of a trace."""
+        layers, ranks = placement.num_layers, placement.ep_size
+        device_NL = devices(trace.experts, placement)
+        share = np.zeros((layers, *[ranks] * (LOOK_BACK + 1)))
+        for layer in range(LOOK_BACK, layers):
+            hits_NG = placement.expert_on_rank[layer][trace.experts[:, layer]].sum(axis=1)
+            history = tuple(device_NL[:, layer - LOOK_BACK : layer].T)
+            # A history seen rarely is taken for one that says nothing.
+            share[layer] = hits_NG.mean(axis=0)
+            np.add.at(share[layer], history, hits_NG)
+        return cls(table=table, share=share / np.maximum(share.sum(axis=-1, keepdims=True), 1e-9))
+
+
+def devices(experts_NlK: np.ndarray, placement: Placement) -> np.ndarray:
+    """[N, l] rank with most of a token's experts, in the first l layers."""
+    layers = range(experts_NlK.shape[1])
+    hits = [placement.expert_on_rank[layer][experts_NlK[:, layer]].sum(axis=1) for layer in layers]
+    return np.stack(hits, axis=1).argmax(axis=2)
+
+
+def recall(ahead_NLE: np.ndarray, experts_NLK: np.ndarray) -> float:
+    """Share of the experts chosen that the look-ahead puts among its first K."""
+    top_k = experts_NLK.shape[2]
+    first_NLK = np.argsort(-ahead_NLE, axis=2)[..., :top_k]
+    return float((first_NLK[..., :, None] == experts_NLK[..., None, :]).any(axis=2).mean())
+
+
+def shown(rows: list[dict[str, Any]], protocol: dict[str, Any]) -> dict[str, Any]:
+    """Table and chart."""
+    names = ("ep_size", "placement", "predictor", "lar", "remote_copies", "load_max_over_mean")
+    title = (
+        f"Equal slices of {BATCH_TOKENS} held-out tokens, mean over layers "
+        f"(recall of the look-ahead {protocol['look_ahead_recall']:.2f})"
+    )
+    largest = max(row["ep_size"] for row in rows)
+    return {
+        "tables": [Table(title=title, rows=[{n: row[n] for n in names} for row in rows])],
+        "charts": [
+            Chart(
+                title=f"Local activation rate, {largest} ranks",
+                kind="bars",
+                rows=[row for row in rows if row["ep_size"] == largest],
+                x="predictor",
+                y="lar",
+                series="placement",
+                y_label="local activation rate",
+            )
+        ],
+    }
