@@ -16,6 +16,7 @@ L layers, G ranks, E experts; "before" is the contiguous placement, "after" the 
     observe         tokens, layers, experts, top_k, load [L][E], load_max_over_mean   | null
     plan            the verdict, see `semantic_ep.report.planned`                     | null
     held_out        schedules by layer, see `semantic_ep.report.heldout`              | null
+    what_if         other EP degrees and links, see `semantic_ep.report.what_if`      | null
     serve           requests, identical_outputs, links, modes.before / modes.after    | null
     semantics       tokens, kinds, subjects, see `semantic_ep.report.semantics`
     definitions     [{term, text}]
@@ -51,10 +52,10 @@ from semantic_ep.report.sources import (
     ServeResult,
     TrainRow,
 )
+from semantic_ep.report.what_if import SHOWN_LINKS, what_if
 from semantic_ep.topology import LINKS, Link
 
 SCHEMA_VERSION = 1
-COMPARED_LINKS = ("nvlink4", "pcie5", "ib_ndr", "ethernet_100g", "ethernet_25g")
 DEFINITIONS = (
     (
         "EP rank",
@@ -128,6 +129,7 @@ def build_report(run_dir: str | Path) -> dict[str, Any]:
         "semantics": semantics(sources),
         "definitions": [{"term": term, "text": text} for term, text in DEFINITIONS],
     }
+    report["what_if"] = what_if(sources, report["serve"])
     report["headline"] = headline(report)
     return report
 
@@ -219,7 +221,7 @@ def _serve(result: ServeResult, placement: Placement | None) -> dict[str, Any]:
         "num_requests": result.num_requests,
         "max_new_tokens": result.max_new_tokens,
         "identical_outputs": result.identical_outputs.model_dump(),
-        "links": [_on_link(LINKS[name], result) for name in COMPARED_LINKS],
+        "links": [_on_link(LINKS[name], result) for name in SHOWN_LINKS],
         "modes": {
             names[mode]: _served_mode(result.modes[mode], placements[mode]) for mode in MODES
         },

@@ -42,7 +42,7 @@ def held_out(sources: RunSources) -> dict[str, Any] | None:
     placement = plan.placement
     if placement.num_experts % placement.ep_size:
         return None
-    trace = _sample(trace)
+    trace = sampled(trace)
     contiguous = Placement.contiguous(
         num_layers=placement.num_layers,
         num_experts=placement.num_experts,
@@ -77,7 +77,7 @@ def held_out(sources: RunSources) -> dict[str, Any] | None:
     }
 
 
-def _sample(trace: RoutingTrace) -> RoutingTrace:
+def sampled(trace: RoutingTrace) -> RoutingTrace:
     """Whole requests, drawn at random, up to about `MAX_TOKENS` tokens; at least one."""
     order = np.random.default_rng(0).permutation(trace.num_requests)
     within = np.cumsum(np.diff(trace.offsets)[order]) <= MAX_TOKENS

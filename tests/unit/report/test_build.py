@@ -13,7 +13,7 @@ from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.plan import Plan
 from semantic_ep.report.build import build_report
 from semantic_ep.report.semantics import visible
-from tests.unit.report.synthetic_run import KINDS, RANKS, WORDS, make_run
+from tests.unit.report.synthetic_run import HIDDEN_BYTES, KINDS, RANKS, WORDS, make_run
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,28 @@ def test_schedules_stay_between_floor_and_ceiling_on_held_out_routing(report):
     assert rows["contiguous"] == pytest.approx(1 / RANKS, abs=0.03)
     assert rows["contiguous"] + 0.2 < rows["tokens"] < rows["tokens_ceiling"]
     assert rows["contiguous"] + 0.2 < rows["requests"] <= rows["requests_ceiling"] + 0.01
+
+
+def test_other_ep_degrees_are_planned_anew_and_other_links_predicted(run, report):
+    table = report["what_if"]
+    assert [row["ep_size"] for row in table["rows"]] == [2, 4, 8, 16]
+    assert [row["planned"] for row in table["rows"]] == [False, True, False, False]
+    for row in table["rows"]:
+        # Whatever the degree: blind homes meet one in G experts, semantic ones more.
+        assert row["lar"][0] == pytest.approx(1 / row["ep_size"], abs=0.06)
+        assert row["lar"][1] > 1.4 * row["lar"][0]
+        fast, slow = (row["milliseconds"][link] for link in ("ethernet_100g", "ethernet_25g"))
+        rates = table["links"]["ethernet_100g"] / table["links"]["ethernet_25g"]
+        assert slow == pytest.approx([rates * value for value in fast])
+    # Rows are those that serving counted: a float32 vector there, and one back.
+    assert not table["assumed"]
+    assert table["bytes_of_copy"] == pytest.approx(2 * HIDDEN_BYTES, rel=1e-6)
+
+
+def test_without_serving_the_size_of_a_row_is_assumed_and_said(copy):
+    (copy / "serve.json").unlink()
+    table = build_report(copy)["what_if"]
+    assert (table["assumed"], table["bytes_of_copy"]) == (True, 2 * 4096 * 2)
 
 
 def test_every_source_is_named_with_its_checksum(run, report):

@@ -94,6 +94,11 @@ def test_the_first_screen_holds_verdict_four_numbers_and_a_picture(run, output):
         assert amount(entry["after"], entry["unit"]) in first
         assert amount(entry["before"], entry["unit"]) in first
     assert first.count("<img") == 1
+    # Whether it pays on the user's own EP degree and link.
+    for row in report["what_if"]["rows"]:
+        assert f'<th scope="row">{row["ep_size"]}' in first
+    for link in report["what_if"]["links"]:
+        assert f'<th scope="col">{link} ' in first
 
 
 def test_report_json_is_what_the_page_is_drawn_from(run, output):
