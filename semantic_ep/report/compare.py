@@ -4,6 +4,7 @@ schema_version  1
 made            at, versions
 numbers         [{id, label, unit, better}], the union over the runs in order
 runs            [{run, path, model, ep_size, answer, sentence, basis,
+                  plan_diff, see `semantic_ep.report.plan_diff`,
                   numbers {id: {before, after, change, source}}}], as given
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_ep.report.build import SCHEMA_VERSION, build_report
+from semantic_ep.report.plan_diff import plan_diffs
 
 
 def compare_runs(run_dirs: Sequence[str | Path]) -> dict[str, Any]:
@@ -32,7 +34,12 @@ def compare_runs(run_dirs: Sequence[str | Path]) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "made": reports[0]["made"],
         "numbers": list(numbers.values()),
-        "runs": [_row(report, Path(run)) for report, run in zip(reports, run_dirs, strict=True)],
+        "runs": [
+            {**_row(report, Path(run)), "plan_diff": diff}
+            for report, run, diff in zip(
+                reports, run_dirs, plan_diffs([Path(run) for run in run_dirs]), strict=True
+            )
+        ],
     }
 
 

@@ -268,9 +268,12 @@ def _shape(value: list[Any]) -> tuple[int, ...] | str:
 
 def _fingerprint(data: Any) -> ModelFingerprint:
     try:
-        return ModelFingerprint.from_json(data)
+        fingerprint = ModelFingerprint.from_json(data)
+        # Texts that are NaN would end in a report that is no JSON.
+        json.dumps(dataclasses.asdict(fingerprint), allow_nan=False)
     except (TypeError, KeyError) as error:
         raise ValueError(f"not a model fingerprint ({error})") from error
+    return fingerprint
 
 
 def _check_one_model(

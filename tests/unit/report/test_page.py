@@ -183,7 +183,7 @@ def test_json_prints_the_truth_and_writes_nothing(run, capsys):
 
 
 def test_several_runs_are_compared_on_one_page(run, tmp_path, capsys):
-    flat = make_run(tmp_path / "flat", requests=64, affinity=0.0).path
+    flat = make_run(tmp_path / "flat", requests=64, affinity=0.0, seed=1).path
     planned = tmp_path / "planned"
     shutil.copytree(run / "plan", planned / "plan")
     runs = [str(run), str(flat), str(planned)]
@@ -198,6 +198,12 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path, capsys):
     page = (tmp_path / "out" / "comparison.html").read_text()
     parsed(page)
     assert "2 of 3 runs gain" in page
+    # The flat run scattered experts otherwise; the third has the first one's plan.
+    diffs = [row["plan_diff"] for row in comparison["runs"]]
+    assert diffs[0] is None
+    assert 0.3 < diffs[1]["share"] < 1
+    assert diffs[2]["moved"] == [0] * len(diffs[2]["layer_ids"])
+    assert "How far the plans are apart" in page
     assert "not measured" in page
 
 
