@@ -1,9 +1,12 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from semantic_ep.errors import BackendError, RequestError
+from semantic_ep.errors import BackendError, PeerFailureError, RequestError
 from semantic_ep.plan.schedule import Schedule
 from semantic_ep.plan.token_schedule import SchedulePredictor
 from semantic_ep.serve.protocol import SamplingParams
@@ -139,6 +142,21 @@ def _refusals(rank, ranks, directories):
 def test_what_cannot_be_sharded_is_refused_with_the_reason(models, tmp_path):
     few_heads = save_tiny_model(tmp_path / "few", "qwen3_moe", num_key_value_heads=1)
     run_ranks(_refusals, 2, {**models, "few_heads": few_heads})
+
+
+def _die_at_the_head(rank, ranks, directory):
+    engine = load(directory, placements(ranks)["random"], None)
+    if rank == 1:
+        # Where DeepSpeed, not the exchange of tokens, waits for the others.
+        engine.model.module.lm_head.register_forward_pre_hook(
+            lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        )
+    with pytest.raises(PeerFailureError, match="all-reduce of tensor parallelism failed on rank 0"):
+        engine.generate([[5, 6, 7]] if rank == 0 else [], max_new_tokens=4)
+
+
+def test_a_rank_killed_while_others_reduce_is_named_as_the_reason(models):
+    run_ranks(_die_at_the_head, 2, models["qwen3_moe"], dying=[1])
 
 
 def _served(rank, ranks, directory, plan, prompts, want):
