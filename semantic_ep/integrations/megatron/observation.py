@@ -21,12 +21,12 @@ from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import ObserveConfig
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.megatron.sequences import sequences_of_batch
-from semantic_ep.integrations.megatron.stages import StageExchange
 from semantic_ep.integrations.observation import (
     RoutingObservation,
     experts_of_map,
     group_on_host,
 )
+from semantic_ep.integrations.stages import StageExchange
 
 
 class ModelObservation(RoutingObservation):

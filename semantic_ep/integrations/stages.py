@@ -62,18 +62,19 @@ class StageExchange:
     def _share_tokens(self, batches: list[MicroBatch]) -> list[int]:
         """Send the first stage's token ids, masks and sequences; returns tokens a micro-batch."""
         first = self._group.rank() == 0
-        message = [[batch.token_id_T.numel() for batch in batches] if first else None]
-        dist.broadcast_object_list(message, self._global(0), group=self._group)
-        lengths: list[int] = message[0]
-        if len(lengths) != len(batches):
+        passes: list[list[int]] = [[]] * self._group.size()
+        own = [batch.token_id_T.numel() if first else -1 for batch in batches]
+        dist.all_gather_object(passes, own, group=self._group)
+        # All stages know, so that all stop, and none waits for another.
+        if len({len(each) for each in passes}) > 1:
             raise BackendError(
                 explain(
                     "pipeline stages ran different numbers of training passes in one step",
-                    got=f"{len(batches)} on stage {self._group.rank()}",
-                    allowed=f"{len(lengths)}, as on the first stage",
+                    got=", ".join(f"stage {n}: {len(each)}" for n, each in enumerate(passes)),
                     do="Call step() of the observation on every stage after each optimizer step",
                 )
             )
+        lengths = passes[0]
         if not lengths:
             return lengths
         tokens = torch.empty(3, sum(lengths), dtype=torch.int32)
