@@ -322,7 +322,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{parameters / 1e6:.1f} M parameters on {dist.get_world_size()} ranks")
         with Tracker.start(
             args.output,
-            config={"deepspeed": config},
+            config={"deepspeed": config, "semantic_ep": settings},
             job_type="train",
             wandb=settings.tracking.wandb,
             rank=dist.get_rank(),
@@ -333,6 +333,7 @@ def run(args: argparse.Namespace) -> None:
             save_holdout(engine, args, tokenizer)
             if dist.get_rank() == 0:
                 tracker.log_artifact(args.output / "profile", "profile")
+                tracker.log_artifact(args.output / "model", "checkpoint")
         dist.barrier()
     dist.destroy_process_group()
 

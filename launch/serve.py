@@ -326,12 +326,20 @@ def publish(args: argparse.Namespace, settings: SemanticEPConfig, result: dict[s
     write_file_atomically(args.out, json.dumps(result, indent=1).encode())
     with Tracker.start(
         args.out.parent,
-        config={"model": result["model"], "ep_size": result["ep_size"]},
+        config={
+            "model": result["model"],
+            "ep_size": result["ep_size"],
+            "semantic_ep": settings,
+            "arguments": {name: str(value) for name, value in vars(args).items()},
+        },
         job_type="serve",
         wandb=settings.tracking.wandb,
         rank=0,
     ) as tracker:
         tracker.log(tracked_metrics(result))
+        tracker.log_artifact(args.model, "checkpoint", role="input")
+        if (plan := args.plan or settings.plan.artifact) != "auto":
+            tracker.log_artifact(plan, "plan", role="input")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from semantic_ep.errors import SemanticEPError
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
+from semantic_ep.tracking import METRICS_FILE
 from tests.distributed.launcher import run_ranks
 from tests.distributed.test_serve_engine import EXPERTS, LAYERS, VOCAB, save_tiny_model
 
@@ -110,6 +111,16 @@ def test_both_modes_are_served_checked_and_written(run_dir, tmp_path):
     before, after = written["modes"]["contiguous"], written["modes"]["semantic"]
     assert before["expert_load"] == after["expert_load"]
     assert before["requests_per_rank"] == after["requests_per_rank"] == [3, 3]
+
+    # What was served is the end of the lineage: a plan, and a checkpoint.
+    metrics = (tmp_path / METRICS_FILE).read_text().splitlines()
+    used = {row["artifact_kind"]: row for row in map(json.loads, metrics) if "role" in row}
+    assert {(kind, row["role"]) for kind, row in used.items()} == {
+        ("checkpoint", "input"),
+        ("plan", "input"),
+    }
+    assert used["plan"]["sha256"] == Plan.read(run_dir / "plan").sha256
+    assert json.loads(metrics[0])["config"]["semantic_ep"]["tracking"]["wandb"] == "disabled"
 
     rows = [json.loads(line) for line in responses.read_text().splitlines()]
     assert [row["id"] for row in rows] == list(range(6))
