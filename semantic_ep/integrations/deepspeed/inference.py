@@ -140,8 +140,6 @@ def init_inference(
             cannot be divided among them.
         CheckpointError: As `load_expert_shard`.
     """
-    import deepspeed
-
     if placement.ep_size != group.size():
         raise BackendError(
             explain(
@@ -173,20 +171,9 @@ def init_inference(
         context=context,
         node_of_rank=node_of_rank,
     )
-    # DeepSpeed casts every floating tensor; families keep some in float32 (router biases).
-    exact = {name: tensor for name, tensor in _tensors(model) if tensor.dtype == torch.float32}
-    config: dict[str, Any] = {"dtype": dtype}
-    if sharded:
-        check_heads(model, group.size())
-        cut_sinks(model, group)
-        config |= tensor_parallel_config(model, group)
-    engine = deepspeed.init_inference(model, config=config)
-    for name, tensor in _tensors(engine.module):
-        if name in exact and tensor.dtype != torch.float32:
-            tensor.data = exact[name].data.to(tensor.device)
+    engine = _start(model, dtype=dtype, heads_over=group if sharded else None)
     token_slices = None
     if sharded:
-        prepare_reductions(engine.module, group)
         if predictor == "look-ahead":
             predictor = LookAheadPredictor.of_model(engine.module)
         token_slices = TokenSlices(
@@ -207,6 +194,26 @@ def init_inference(
         fingerprint=checkpoint.fingerprint(),
         token_slices=token_slices,
     )
+
+
+def _start(model: nn.Module, *, dtype: torch.dtype, heads_over: ProcessGroup | None) -> Any:
+    """DeepSpeed's engine; attention heads are sharded over a group if there is one."""
+    import deepspeed
+
+    config: dict[str, Any] = {"dtype": dtype}
+    if heads_over is not None:
+        check_heads(model, heads_over.size())
+        cut_sinks(model, heads_over)
+        config |= tensor_parallel_config(model, heads_over)
+    # DeepSpeed casts every floating tensor; families keep some in float32 (router biases).
+    exact = {name: tensor for name, tensor in _tensors(model) if tensor.dtype == torch.float32}
+    engine = deepspeed.init_inference(model, config=config)
+    for name, tensor in _tensors(engine.module):
+        if name in exact and tensor.dtype != torch.float32:
+            tensor.data = exact[name].data.to(tensor.device)
+    if heads_over is not None:
+        prepare_reductions(engine.module, heads_over)
+    return engine
 
 
 def move_experts(
