@@ -48,6 +48,7 @@ from semantic_ep.serve.reference import generate_in_one_process
 from semantic_ep.serve.requests import Request, read_requests, write_responses
 from semantic_ep.serve.scheduling.offline import by_affinity, round_robin
 from semantic_ep.serve.summary import in_megabytes, parity_line, summary_table, tracked_metrics
+from semantic_ep.serve.worker import MAX_STEP_TOKENS
 from semantic_ep.topology import Topology
 from semantic_ep.tracking import Tracker
 
@@ -181,6 +182,8 @@ def build_modes(
             device=local_device(args),
             dtype=DTYPES[args.dtype],
             backend=settings.dispatch.backend,
+            overlap=settings.dispatch.overlap,
+            max_tokens=max(MAX_STEP_TOKENS, args.max_batch_size),
             node_of_rank=group_plan.nodes_of_group(dist.get_rank()),
             **attention_options(settings, schedule),
         )

@@ -28,6 +28,7 @@ VARIABLE_PREFIX = "SEMANTIC_EP_"
 OTHER_VARIABLES = {
     "SEMANTIC_EP_AUTOLOAD": "frameworks whose seams are applied in an unmodified script: "
     "megatron, deepspeed, or both, comma-separated",
+    "SEMANTIC_EP_API_KEY": "key that clients of the HTTP server must send",
     "SEMANTIC_EP_CACHE": "directory for compiled kernels (default: the user's cache directory)",
 }
 
@@ -104,6 +105,11 @@ class DispatchConfig(_Section):
 
     backend: Literal["auto", "kernels", "torch", "reference", "deepep", "kernels-emulated"] = Field(
         "auto", description="all-to-all backend; `semantic-ep doctor` says which ones work here"
+    )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compute a rank's own tokens while others' travel (Hugging Face models, torch "
+        "backend); auto: in calls with enough rows an expert",
     )
 
 

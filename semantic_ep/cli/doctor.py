@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             *_packages(),
             *_machine(),
             *_backends(),
+            *_overlap(),
             *_kernel_libraries(),
             *_seams(),
         ]
@@ -149,6 +150,21 @@ def _backends() -> Iterator[Finding]:
             state="ok" if available else "no",
             detail=reason + mark,
         )
+
+
+def _overlap() -> Iterator[Finding]:
+    """From how many rows on experts start while others' rows travel, on this device."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    from semantic_ep.runtime.overlap import describe, device_rates
+
+    on_gpu = torch.cuda.is_available()
+    rates = device_rates(
+        torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
+    )
+    yield Finding(area="local-first overlap", name="torch", state="ok", detail=describe(rates))
 
 
 def _kernel_libraries() -> Iterator[Finding]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from semantic_ep.observe.recorder import RoutingSink
     from semantic_ep.plan.placement import Placement
     from semantic_ep.runtime.backends import VerifiedDispatcher
-    from semantic_ep.runtime.dispatch import Dispatched
+    from semantic_ep.runtime.dispatch import ExpertRows
+    from semantic_ep.runtime.overlap import OverlapMode
 
 
 class StepContext:
@@ -31,11 +32,13 @@ class StepContext:
 
     Attributes:
         timer: Seconds in dispatch, experts and combine, over all layers.
+        overlap: Whether experts start on own rows while others travel.
         recorder: Told of the router's choices, if there is one.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, overlap: OverlapMode) -> None:
         self.timer = PhaseTimer(device)
+        self.overlap = overlap
         self.recorder: RoutingSink | None = None
 
 
@@ -95,12 +98,22 @@ class SemanticExperts(nn.Module):
         timer = self.context.timer
         with timer.phase("dispatch"):
             dispatched = self.dispatcher.dispatch(
-                hidden_states, slot_TK, top_k_weights.to(exact), layer=self.layer
+                hidden_states,
+                slot_TK,
+                top_k_weights.to(exact),
+                layer=self.layer,
+                overlap=self.context.overlap,
             )
         with timer.phase("experts"):
             y_RD = self._compute(dispatched)
+        y_travelled_RD = None
+        if dispatched.travelling is not None:
+            with timer.phase("dispatch"):
+                travelled = dispatched.travelling.wait()
+            with timer.phase("experts"):
+                y_travelled_RD = self._compute(travelled)
         with timer.phase("combine"):
-            return self.dispatcher.combine(y_RD, dispatched)
+            return self.dispatcher.combine(y_RD, dispatched, y_travelled_RD)
 
     def _forward_alone(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """One rank has nobody to exchange with: the family's own forward, and the counters."""
@@ -129,8 +142,8 @@ class SemanticExperts(nn.Module):
         index = torch.empty(0, self.top_k, dtype=torch.long, device=weight.device)
         self(hidden, index, hidden.new_empty(0, self.top_k))
 
-    def _compute(self, dispatched: Dispatched) -> Tensor:
-        rows_RD = dispatched.rows_RD
+    def _compute(self, rows: ExpertRows) -> Tensor:
+        rows_RD = rows.rows_RD
         if len(rows_RD) == 0:
             if torch.is_grad_enabled():
                 # A gradient of zero and not none: replicas of these experts on other ranks wait
@@ -138,7 +151,7 @@ class SemanticExperts(nn.Module):
                 rows_RD = rows_RD + 0 * sum(p.flatten()[0] for p in self.local.parameters())
             return rows_RD
         # The family's own forward, with one expert a row; combine applies the weights.
-        return self.local(rows_RD, dispatched.slot_R[:, None], rows_RD.new_ones(len(rows_RD), 1))
+        return self.local(rows_RD, rows.slot_R[:, None], rows_RD.new_ones(len(rows_RD), 1))
 
 
 def replace_experts(

@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import importlib
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from semantic_ep.errors import BackendError, explain
 from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.runtime.deepep import DeepEPBackend
-from semantic_ep.runtime.dispatch import Dispatched, Dispatcher
+from semantic_ep.runtime.dispatch import Dispatched, Dispatcher, LocalFirstDispatcher
 from semantic_ep.runtime.kernels.backend import EmulatedKernelsBackend, KernelsBackend
 from semantic_ep.runtime.stats import DispatchStats
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.distributed import ProcessGroup
+
+    from semantic_ep.runtime.overlap import OverlapMode
 
 logger = logging.getLogger(__name__)
 
@@ -233,9 +235,19 @@ class VerifiedDispatcher:
         self._chosen: dict[DispatchCall, Dispatcher] = {}
 
     def dispatch(
-        self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, *, layer: int = 0
+        self,
+        x_TD: Tensor,
+        slot_TK: Tensor,
+        weight_TK: Tensor,
+        *,
+        layer: int = 0,
+        overlap: OverlapMode = "off",
     ) -> Dispatched:
-        """See `Dispatcher.dispatch`."""
+        """See `Dispatcher.dispatch`, and `LocalFirstDispatcher` for the overlap.
+
+        Raises:
+            BackendError: No backend takes this call, or overlap is "on" and the backend cannot.
+        """
         import torch
 
         call = DispatchCall(
@@ -250,13 +262,42 @@ class VerifiedDispatcher:
         if call not in self._chosen:
             self._chosen[call] = self._choose(call)
         chosen = self._chosen[call]
-        dispatched = chosen.dispatch(x_TD, slot_TK, weight_TK, layer=layer)
+        if overlap != "off" and self._can_overlap(chosen, overlap):
+            dispatched = chosen.dispatch_local_first(
+                x_TD, slot_TK, weight_TK, overlap=overlap, layer=layer
+            )
+        else:
+            dispatched = chosen.dispatch(x_TD, slot_TK, weight_TK, layer=layer)
         return dataclasses.replace(dispatched, state=(chosen, dispatched.state))
 
-    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """See `Dispatcher.combine`."""
+    def combine(
+        self, y_RD: Tensor, dispatched: Dispatched, y_travelled_RD: Tensor | None = None
+    ) -> Tensor:
+        """See `Dispatcher.combine`, and `LocalFirstDispatcher.combine` for rows that travelled."""
         chosen, state = dispatched.state
-        return chosen.combine(y_RD, dataclasses.replace(dispatched, state=state))
+        dispatched = dataclasses.replace(dispatched, state=state)
+        if dispatched.travelling is None:
+            return chosen.combine(y_RD, dispatched)
+        return chosen.combine(y_RD, dispatched, y_travelled_RD)
+
+    def _can_overlap(
+        self, chosen: Dispatcher, overlap: OverlapMode
+    ) -> TypeGuard[LocalFirstDispatcher]:
+        if hasattr(chosen, "dispatch_local_first"):
+            return True
+        name = next(name for name, created in self._created.items() if created is chosen)
+        if overlap == "on":
+            raise BackendError(
+                explain(
+                    f"dispatch backend {name!r} cannot hand over own rows first",
+                    where="semantic_ep.dispatch.overlap, --semantic-ep-dispatch-overlap",
+                    got="on",
+                    allowed=["auto", "off"],
+                    do='Or set the backend to "torch"',
+                )
+            )
+        _log_no_overlap(name)
+        return False
 
     def _choose(self, call: DispatchCall) -> Dispatcher:
         for backend in self._candidates:
@@ -308,6 +349,11 @@ class VerifiedDispatcher:
         with peer_guard("agreement on a dispatch backend", self.group):
             dist.all_gather_object(problems, problem, group=self.group)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
+
+
+@functools.cache
+def _log_no_overlap(name: str) -> None:
+    logger.info("local-first overlap is not used: backend %r hands over all rows at once", name)
 
 
 @functools.cache

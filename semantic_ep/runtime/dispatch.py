@@ -18,29 +18,24 @@ from semantic_ep.errors import BackendError, explain
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from semantic_ep.runtime.overlap import OverlapMode
     from semantic_ep.runtime.stats import DispatchStats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Dispatched:
-    """Rows that this rank's experts must process, and what `combine` needs to send them home.
+class ExpertRows:
+    """Rows that this rank's experts must process.
 
     Attributes:
         rows_RD: One row for each (token, local slot) activation, sorted by local slot; within a
             slot by source rank, then by position on the source.
         weight_R: Combine weight of each row, float32 (float64 for float64 weights).
         tokens_per_slot_S: int64, rows of each local slot; sums to R.
-        num_tokens: Tokens on this rank (T).
-        layer: Layer that the counters are kept under.
-        state: The backend's own metadata.
     """
 
     rows_RD: Tensor
     weight_R: Tensor
     tokens_per_slot_S: Tensor
-    num_tokens: int
-    layer: int
-    state: Any
 
     @property
     def slot_R(self) -> Tensor:
@@ -49,6 +44,36 @@ class Dispatched:
 
         slots = torch.arange(len(self.tokens_per_slot_S), device=self.rows_RD.device)
         return torch.repeat_interleave(slots, self.tokens_per_slot_S, output_size=len(self.rows_RD))
+
+
+class Travelling(Protocol):
+    """Rows of other ranks' tokens on their way."""
+
+    def wait(self) -> ExpertRows:
+        """The rows, once they are here; on a GPU, once work queued from now on finds them.
+
+        Raises:
+            PeerFailureError: Another rank died or did not answer in time.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Dispatched(ExpertRows):
+    """The rows, and what `combine` needs to send their results home.
+
+    Attributes:
+        num_tokens: Tokens on this rank (T).
+        layer: Layer that the counters are kept under.
+        state: The backend's own metadata.
+        travelling: None: the rows are all there is. Else they are those of this rank's own tokens,
+            and this stands for the others.
+    """
+
+    num_tokens: int
+    layer: int
+    state: Any
+    travelling: Travelling | None = None
 
 
 class Dispatcher(Protocol):
@@ -85,6 +110,34 @@ class Dispatcher(Protocol):
         Raises:
             PeerFailureError: Another rank died or did not answer in time.
         """
+        ...
+
+
+class LocalFirstDispatcher(Dispatcher, Protocol):
+    """A dispatcher that can hand over this rank's own rows while those of other ranks travel.
+
+    A rank decides alone: what the ranks send each other is the same either way.
+    """
+
+    def dispatch_local_first(
+        self,
+        x_TD: Tensor,
+        slot_TK: Tensor,
+        weight_TK: Tensor,
+        *,
+        overlap: OverlapMode,
+        layer: int = 0,
+    ) -> Dispatched:
+        """As `dispatch`; `Dispatched.travelling` is set if this call is split.
+
+        See `semantic_ep.runtime.overlap.splits`.
+        """
+        ...
+
+    def combine(
+        self, y_RD: Tensor, dispatched: Dispatched, y_travelled_RD: Tensor | None = None
+    ) -> Tensor:
+        """As `Dispatcher.combine`, in the same order of sums; results of both kinds of rows."""
         ...
 
 

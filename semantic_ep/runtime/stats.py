@@ -84,6 +84,10 @@ class DispatchStats:
         self.rows_dispatch[layer] += rows
         self.bytes_dispatch[layer] += np.asarray(rows) * row_bytes
         self.bytes_metadata[layer] += metadata_bytes
+        self.record_slots(layer, tokens_per_slot)
+
+    def record_slots(self, layer: int, tokens_per_slot: Tensor) -> None:
+        """Add rows of local slots; `record_dispatch` does, but for rows that come later."""
         # Stays on the device: a copy to the host for every layer would stall a GPU.
         total = self._slot_activations[layer]
         if total is None:

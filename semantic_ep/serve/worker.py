@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.deepspeed.inference import ExpertParallelModel
 from semantic_ep.integrations.paged_attention import Chunk, PackedBatch, PagedKVCache
 from semantic_ep.observe.recorder import RoutingRecorder
@@ -17,6 +18,8 @@ from semantic_ep.serve.blocks import BLOCK_SIZE, BlockPool, blocks_for
 from semantic_ep.serve.protocol import EngineRequest, RankLoad, TokenEvent
 from semantic_ep.serve.sampler import logprobs, sample
 from semantic_ep.serve.sequences import Sequence
+
+MAX_STEP_TOKENS = 512
 
 
 class RankWorker:
@@ -35,6 +38,9 @@ class RankWorker:
         has_all_requests: Whether a request belongs to every rank (attention-TP), not to one.
         prompt_tokens, new_tokens: Counted since the start.
         recorder: Has what was last recorded, or is being (see `semantic_ep.serve.recording`).
+
+    Raises:
+        ConfigError: The model's exchange was made for smaller steps.
     """
 
     def __init__(
@@ -45,9 +51,11 @@ class RankWorker:
         kv_cache_tokens: int,
         block_size: int = BLOCK_SIZE,
         max_sequences: int = 32,
-        max_step_tokens: int = 512,
+        max_step_tokens: int = MAX_STEP_TOKENS,
         tokenizer: Any = None,
     ) -> None:
+        step_tokens = max(max_step_tokens, max_sequences)
+        _check_step(step_tokens, model.dispatcher.max_tokens)
         self.model = model
         self.prompt_tokens = self.new_tokens = 0
         self.recorder: RoutingRecorder | None = None
@@ -56,9 +64,7 @@ class RankWorker:
         self._speaks = rank == 0 or not self.has_all_requests
         self._tokenizer = tokenizer
         pool = BlockPool(num_blocks=kv_cache_tokens // block_size, block_size=block_size)
-        self.batcher = Batcher(
-            pool, max_sequences=max_sequences, max_step_tokens=max(max_step_tokens, max_sequences)
-        )
+        self.batcher = Batcher(pool, max_sequences=max_sequences, max_step_tokens=step_tokens)
         self.cache = PagedKVCache(num_blocks=pool.num_blocks, block_size=block_size)
 
     def add(self, request: EngineRequest) -> None:
@@ -155,3 +161,17 @@ class RankWorker:
             return []
         self.new_tokens += len(tokens)
         return events
+
+
+def _check_step(step_tokens: int, max_tokens: int | None) -> None:
+    """Raise `ConfigError` unless steps fit what the dispatcher was made for."""
+    if max_tokens is not None and step_tokens > max_tokens:
+        raise ConfigError(
+            explain(
+                "a step may bring more tokens than the exchange was made for",
+                where="max_step_tokens, max_sequences",
+                got=step_tokens,
+                allowed=f"at most max_tokens = {max_tokens}",
+                do="Load the model with a larger max_tokens",
+            )
+        )

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import BackendError, PeerFailureError
+from semantic_ep.integrations.expert_parallel import SemanticExperts, StepContext
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.placement import Placement
@@ -92,16 +95,27 @@ def expected(x, slot, weight):
     return out
 
 
-def _matches_one_process(rank, ranks, backend):
+def moe_pass(dispatcher, x, slot, weight, experts, **options):
+    """Dispatch, `experts(rows)`, combine; rows that travel apart are waited for in between."""
+    dispatched = dispatcher.dispatch(x, slot, weight, **options)
+    y = experts(dispatched)
+    if dispatched.travelling is None:
+        return dispatcher.combine(y, dispatched)
+    return dispatcher.combine(y, dispatched, experts(dispatched.travelling.wait()))
+
+
+def _matches_one_process(rank, ranks, backend, overlap):
     for case in CASES[ranks]:
         x, slot, weight = case.inputs(rank, ranks)
         x.requires_grad_()
         weight.requires_grad_()
         dispatcher = create_dispatcher(backend, group=dist.group.WORLD, slots_per_rank=case.slots)
-        dispatched = dispatcher.dispatch(x, slot, weight)
-        assert int(dispatched.tokens_per_slot_S.sum()) == len(dispatched.rows_RD)
-        y = run_experts(dispatched.rows_RD, dispatched.tokens_per_slot_S, rank, case.slots)
-        out = dispatcher.combine(y, dispatched)
+
+        def experts(rows, slots=case.slots):
+            assert int(rows.tokens_per_slot_S.sum()) == len(rows.rows_RD)
+            return run_experts(rows.rows_RD, rows.tokens_per_slot_S, rank, slots)
+
+        out = moe_pass(dispatcher, x, slot, weight, experts, overlap=overlap)
         assert out.dtype == case.dtype
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(case.dtype, 0.1)
         want = expected(x, slot, weight)
@@ -119,9 +133,94 @@ def _matches_one_process(rank, ranks, backend):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("backend", ["torch", "reference", "kernels-emulated"])
-def test_outputs_and_gradients_equal_one_process_for_every_shape(backend, ranks):
-    run_ranks(_matches_one_process, ranks, backend)
+@pytest.mark.parametrize(
+    ("backend", "overlap"),
+    [("torch", "off"), ("torch", "on"), ("reference", "off"), ("kernels-emulated", "off")],
+)
+def test_outputs_and_gradients_equal_one_process_for_every_shape(backend, overlap, ranks):
+    run_ranks(_matches_one_process, ranks, backend, overlap)
+
+
+def _overlap_changes_no_bit(rank, ranks):
+    for case in CASES[ranks]:
+        x, slot, weight = case.inputs(rank, ranks)
+        # By element: a matrix product may round a row differently beside other rows.
+        scale = torch.arange(1, case.slots + 1, dtype=case.dtype) * (rank + 1)
+        outputs, counters = [], []
+        # The ranks need not decide alike.
+        for overlap in ("off", "on", "on" if rank % 2 else "off"):
+            dispatcher = create_dispatcher(
+                "torch", group=dist.group.WORLD, slots_per_rank=case.slots
+            )
+            split = dispatcher.dispatch(x, slot, weight, overlap=overlap).travelling
+            assert (split is not None) == (overlap == "on")
+            if split is not None:
+                split.wait()
+            outputs.append(
+                moe_pass(
+                    dispatcher,
+                    x,
+                    slot,
+                    weight,
+                    lambda rows, scale=scale: torch.tanh(rows.rows_RD * scale[rows.slot_R, None]),
+                    overlap=overlap,
+                )
+            )
+            counters.append(dispatcher.stats.snapshot())
+        assert torch.equal(outputs[0], outputs[1]), case
+        assert torch.equal(outputs[0], outputs[2]), case
+        for name, counted in counters[0].items():
+            assert all(np.array_equal(counted, other[name]) for other in counters[1:]), (case, name)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_own_rows_first_changes_neither_a_bit_of_the_output_nor_a_counter(ranks):
+    run_ranks(_overlap_changes_no_bit, ranks)
+
+
+def _overlapped_layer(rank, ranks):
+    config = Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=24, num_experts=3)
+    torch.manual_seed(rank)
+    local = Qwen3MoeExperts(config)
+    for parameter in local.parameters():
+        torch.nn.init.normal_(parameter)
+    draw = torch.Generator().manual_seed(rank)
+    tokens = 40 - 40 * (rank == 1)  # one rank has none
+    x = torch.randn(tokens, 16, generator=draw)
+    index = torch.rand(tokens, 6, generator=draw).topk(2, dim=1).indices
+    results = []
+    for overlap in ("off", "on"):
+        experts = SemanticExperts(
+            local,
+            dispatcher=create_dispatcher("torch", group=dist.group.WORLD, slots_per_rank=3),
+            layer=0,
+            slot_table_E=torch.tensor([3, 1, 5, 0, 4, 2]),
+            hidden_size=16,
+            top_k=2,
+            context=StepContext(torch.device("cpu"), overlap=overlap),
+        )
+        local.zero_grad()
+        out = experts(x, index, torch.full((tokens, 2), 0.5))
+        out.sum().backward()
+        results.append([out, *(parameter.grad.clone() for parameter in local.parameters())])
+    for plain, overlapped in zip(*results, strict=True):
+        assert torch.allclose(plain, overlapped, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_computes_and_learns_the_same_with_own_rows_first():
+    run_ranks(_overlapped_layer, 2)
+
+
+def _overlap_refused(rank, ranks):
+    dispatcher = create_dispatcher("reference", group=dist.group.WORLD, slots_per_rank=2)
+    inputs = torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2)
+    assert dispatcher.dispatch(*inputs, overlap="auto").travelling is None
+    with pytest.raises(BackendError, match="'reference' cannot hand over own rows first"):
+        dispatcher.dispatch(*inputs, overlap="on")
+
+
+def test_a_backend_that_cannot_overlap_says_so_where_it_is_demanded():
+    run_ranks(_overlap_refused, 1)
 
 
 def _backends_agree_and_repeat(rank, ranks):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from semantic_ep.plan.predictors import Predictor
+    from semantic_ep.runtime.overlap import OverlapMode
 
 
 # Which work a rank does in attention: that of its own requests, or that of its heads for all.
@@ -115,6 +116,8 @@ def init_inference(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    overlap: OverlapMode = "auto",
+    max_tokens: int | None = None,
     node_of_rank: np.ndarray | None = None,
     attention: AttentionMode = "dp",
     predictor: Predictor | Literal["look-ahead"] | None = None,
@@ -128,6 +131,9 @@ def init_inference(
         device: Of this rank.
         dtype: Of the weights.
         backend: Dispatch backend, see `semantic_ep.runtime.backends`.
+        overlap: Of local experts and exchange, see `semantic_ep.runtime.overlap`.
+        max_tokens: Most tokens a rank brings to a step, equal on all ranks: buffers are made for
+            them once. None: not known.
         node_of_rank: Node of each EP rank, for the choice between copies; None means one node.
         attention: "dp": ranks bring steps of their own. "tp": heads are sharded over the group,
             all ranks bring the same step; needs `init_distributed`.
@@ -161,8 +167,9 @@ def init_inference(
         group=group,
         slots_per_rank=placement.slots_per_rank,
         num_layers=placement.num_layers,
+        max_tokens=max_tokens,
     )
-    context = StepContext(device)
+    context = StepContext(device, overlap=overlap)
     experts = replace_experts(
         model,
         placement=placement,

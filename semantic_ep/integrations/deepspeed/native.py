@@ -72,7 +72,7 @@ def place_native_experts(
         slots_per_rank=placement.slots_per_rank,
         num_layers=placement.num_layers,
     )
-    context = StepContext(device)
+    context = StepContext(device, overlap=settings.dispatch.overlap)
     tables = torch.from_numpy(slot_tables(placement, rank=group.rank()))
     exchange = _exchange_class()
     _move_experts(layers, placement, group)

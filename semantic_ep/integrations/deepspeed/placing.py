@@ -121,7 +121,7 @@ def place_experts(
         slots_per_rank=placement.slots_per_rank,
         num_layers=placement.num_layers,
     )
-    context = StepContext(device)
+    context = StepContext(device, overlap=settings.dispatch.overlap)
     replaced = replace_experts(
         model,
         placement=placement,
