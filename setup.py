@@ -36,7 +36,7 @@ EXTRAS = {
         "accelerate>=1.0",
     ],
     "solvers": ["mtkahypar>=1.5"],
-    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "jinja2>=3.1"],
     "report": ["matplotlib>=3.8", "jinja2>=3.1", "tokenizers>=0.20"],
     "track": ["wandb>=0.31,<0.32", "pillow>=10"],
     "traces": ["pyarrow>=15"],
@@ -44,9 +44,11 @@ EXTRAS = {
 EXTRAS["all"] = sorted({package for packages in EXTRAS.values() for package in packages})
 EXTRAS["dev"] = [
     "build>=1.2",
+    "httpx>=0.27",
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.10",
+    "openai>=1.40",
     "pre-commit>=3.7",
     "pytest>=8.2",
     "pytest-timeout>=2.3",

@@ -7,9 +7,11 @@ rank 0 it lives in a thread of its own, so that everything here may be called fr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -330,27 +332,38 @@ class Engine(Protocol):
         ...
 
 
-async def stream(engine: Engine, request: EngineRequest) -> AsyncIterator[TokenEvent]:
-    """Submit a request and yield its events; leaving the iteration early cancels it.
+@contextmanager
+def submitted(
+    engine: Engine, requests: Sequence[EngineRequest]
+) -> Iterator[AsyncIterator[TokenEvent]]:
+    """Submit requests at once, and iterate over the events of all; leaving early cancels the rest.
+
+    Called in a running event loop, where the events arrive.
 
     Raises:
-        RequestError, UnavailableError: As `Engine.submit`.
+        RequestError, UnavailableError: As `Engine.submit`, for any of them; none is served then.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+    unfinished: set[str] = set()
 
     def deliver(event: TokenEvent) -> None:
         # The loop may be gone while the server shuts down; then nobody listens any more.
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    engine.submit(request, deliver)
-    finished = False
-    try:
-        while not finished:
+    async def arriving() -> AsyncIterator[TokenEvent]:
+        while unfinished:
             event = await events.get()
-            finished = event.finish_reason is not None
+            if event.finish_reason is not None:
+                unfinished.remove(event.request_id)
             yield event
+
+    try:
+        for request in requests:
+            engine.submit(request, deliver)
+            unfinished.add(request.id)
+        yield arriving()
     finally:
-        if not finished:
-            engine.cancel(request.id)
+        for request_id in unfinished:
+            engine.cancel(request_id)

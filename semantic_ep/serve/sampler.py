@@ -13,6 +13,9 @@ from torch import Tensor
 from semantic_ep.serve.protocol import TokenLogprob
 from semantic_ep.serve.sequences import Sequence
 
+# Below it the most probable token is all but certain, and dividing by it would overflow.
+_GREEDY = 1e-5
+
 
 def sample(logits_BV: Tensor, sequences: Rows[Sequence]) -> list[int]:
     """Next token of each sequence.
@@ -21,7 +24,7 @@ def sample(logits_BV: Tensor, sequences: Rows[Sequence]) -> list[int]:
     batch.
     """
     token_B = logits_BV.argmax(dim=-1)
-    drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
+    drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > _GREEDY]
     if drawn:
         token_B[drawn] = _draw(logits_BV[drawn].double(), [sequences[row] for row in drawn])
     return token_B.tolist()
@@ -54,7 +57,7 @@ def _draw(logits_BV: Tensor, sequences: Rows[Sequence]) -> Tensor:
     temperature, top_p = (
         column([getattr(s, name) for s in settings]) for name in ("temperature", "top_p")
     )
-    top_k = column([s.top_k or vocabulary for s in settings])
+    top_k = column([min(s.top_k or vocabulary, vocabulary) for s in settings])
     value, order = (logits_BV / temperature).sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(vocabulary, device=device)
     probability = value.masked_fill(rank_V >= top_k, -torch.inf).softmax(dim=-1)

@@ -1,10 +1,12 @@
 import asyncio
+import dataclasses
 import subprocess
 import sys
 import threading
 
 import pytest
 
+from semantic_ep.errors import RequestError
 from semantic_ep.serve.protocol import (
     EngineRequest,
     EngineStats,
@@ -12,7 +14,7 @@ from semantic_ep.serve.protocol import (
     RankStats,
     SamplingParams,
     TokenEvent,
-    stream,
+    submitted,
 )
 
 REQUEST = EngineRequest(id="a", prompt_token_ids=[1], sampling=SamplingParams())
@@ -40,21 +42,39 @@ def test_a_stream_ends_with_the_event_that_has_a_finish_reason():
     engine = Echo(events(3))
 
     async def collect():
-        return [event async for event in stream(engine, REQUEST)]
+        with submitted(engine, [REQUEST]) as arriving:
+            return [event async for event in arriving]
 
     assert asyncio.run(collect()) == engine.events
     assert engine.cancelled == []
 
 
-def test_a_client_that_leaves_a_stream_cancels_its_request():
-    engine = Echo(events(3)[:-1])
+def test_a_client_that_leaves_a_stream_cancels_what_has_not_ended():
+    engine = Echo(events(1))
+    other = dataclasses.replace(REQUEST, id="b")
 
     async def main():
-        events = stream(engine, REQUEST)
-        assert (await anext(events)).token_ids == (0,)
-        await events.aclose()
+        with submitted(engine, [REQUEST, other]) as arriving:
+            assert (await anext(arriving)).token_ids == (0,)
 
     asyncio.run(main())
+    assert sorted(engine.cancelled) == ["a", "b"]
+
+
+def test_when_one_request_is_refused_none_is_served():
+    class Refusing(Echo):
+        def submit(self, request, on_event):
+            if request.id == "b":
+                raise RequestError("no")
+
+    engine = Refusing([])
+
+    async def main():
+        with submitted(engine, [REQUEST, dataclasses.replace(REQUEST, id="b")]):
+            pass
+
+    with pytest.raises(RequestError):
+        asyncio.run(main())
     assert engine.cancelled == ["a"]
 
 

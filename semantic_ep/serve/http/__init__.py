@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP front: everything between a socket and the engine protocol."""
