@@ -1,0 +1,157 @@
+"""What the serve theme serves: a quickstart's run, or a tiny model with planted routing.
+
+Shapes: V vocabulary, D hidden, E experts, L layers, N tokens, K top-k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semantic_ep.errors import ConfigError, explain
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.traces import RoutingTrace
+
+TOPICS, VOCAB, HIDDEN, EXPERTS, LAYERS, TOP_K = 4, 256, 32, 8, 2, 2
+RANDOM_REQUESTS, RANDOM_LENGTH = 24, 24
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """A model, what was observed of it, and requests.
+
+    Attributes:
+        model: Hugging Face checkpoint.
+        profile: To plan on.
+        holdout: Routing of other requests, for the prediction.
+        prompts: Token ids.
+        source: Where all of it is from, in words.
+    """
+
+    model: Path
+    profile: RoutingProfile
+    holdout: RoutingTrace
+    prompts: list[list[int]]
+    source: str
+
+
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """Read what a quickstart left, or the files that were named.
+
+    Raises:
+        ConfigError: There is no model, or the prompts cannot be read.
+        ArtifactError: A profile or trace is damaged. FingerprintError: It is of another model.
+    """
+    model = args.model or args.run / "model"
+    if not (model / "config.json").is_file():
+        raise ConfigError(
+            explain(
+                "there is no model",
+                where=f"--model {model}",
+                do="Run launch/quickstart.sh, or try --quick, which needs none",
+            )
+        )
+    from transformers import AutoTokenizer
+
+    from semantic_ep.apply.checkpoint import checkpoint_fingerprint
+    from semantic_ep.serve.requests import read_requests
+
+    profile = RoutingProfile.read(args.profile or args.run / "profile")
+    holdout = RoutingTrace.load(args.holdout or args.run / "holdout")
+    for what, found in (("--model", checkpoint_fingerprint(model)), ("--holdout", holdout)):
+        found = getattr(found, "fingerprint", found)
+        profile.fingerprint.check(found, what=f"{what}, for the profile,")
+    requests = read_requests(
+        args.prompts or args.run / "data" / "prompts.jsonl",
+        AutoTokenizer.from_pretrained(model, local_files_only=True),
+        max_prompt_tokens=args.max_prompt_tokens,
+        limit=args.requests,
+    )
+    return Inputs(
+        model=model,
+        profile=profile,
+        holdout=holdout,
+        prompts=[request.prompt for request in requests],
+        source=f"model {model}, its profile, and held-out prompts",
+    )
+
+
+def planted_inputs(directory: Path, *, requests: int, seed: int) -> Inputs:
+    """A tiny random model whose router follows the topic of a token; requests keep to a topic.
+
+    Token t is of topic t mod 4, and so is expert e; a request continues in its topic.
+    """
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, moe_intermediate_size=16, num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K, max_position_embeddings=128, eos_token_id=VOCAB - 1,
+        bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    topic_VD = torch.randn(TOPICS, HIDDEN).repeat(VOCAB // TOPICS, 1)
+    token_VD = topic_VD + 0.7 * torch.randn(VOCAB, HIDDEN)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(token_VD)
+        # The next token is the topic's next word.
+        model.lm_head.weight.copy_(token_VD.roll(TOPICS, dims=0))
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.copy_(
+                topic_VD[:EXPERTS] + 0.3 * torch.randn(EXPERTS, HIDDEN)
+            )  # The topic of row e is e mod 4.
+    model.save_pretrained(directory)
+    draw = np.random.default_rng(seed)
+    profiled, heldout = (
+        _trace(model.eval(), [_prompt(draw) for _ in range(RANDOM_REQUESTS)]) for _ in range(2)
+    )
+    return Inputs(
+        model=directory,
+        profile=RoutingProfile.from_trace(profiled, vocab_size=VOCAB),
+        holdout=heldout,
+        prompts=[_prompt(draw) for _ in range(requests)],
+        source=f"a random model with {TOPICS} planted topics, and random requests",
+    )
+
+
+def _prompt(draw: np.random.Generator) -> list[int]:
+    """A request of one topic; the last id ends requests and is none of its words."""
+    words = draw.integers(0, VOCAB // TOPICS - 1, size=int(draw.integers(4, RANDOM_LENGTH)))
+    ids: list[int] = (words * TOPICS + draw.integers(TOPICS)).tolist()
+    return ids
+
+
+def _trace(model: Any, requests: Sequence[Sequence[int]]) -> RoutingTrace:
+    """Routes of requests, as the routers of a Hugging Face model choose them."""
+    import torch
+
+    from semantic_ep.integrations.transformers import find_moe_layers, model_fingerprint
+
+    chosen: list[torch.Tensor] = []
+    hooks = [
+        model.get_submodule(site.router).register_forward_hook(
+            lambda _module, _args, output: chosen.append(output[2])
+        )
+        for site in find_moe_layers(model)
+    ]
+    routes = []
+    with torch.inference_mode():
+        for ids in requests:
+            chosen.clear()
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+            routes.append(torch.stack(chosen, dim=1).numpy())
+    for hook in hooks:
+        hook.remove()
+    return RoutingTrace(
+        fingerprint=model_fingerprint(model),
+        experts=np.concatenate(routes).astype(np.uint8),
+        offsets=np.cumsum([0, *map(len, requests)]),
+        token_id=np.concatenate([np.asarray(ids) for ids in requests]).astype(np.int32),
+    )
