@@ -48,6 +48,9 @@ EXTRAS["dev"] = [
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.10",
+    # Machine code of the kernels; of use where nvcc is.
+    'nvidia-cuda-cuobjdump>=13.2; sys_platform == "linux"',
+    'nvidia-cuda-nvdisasm>=13.2; sys_platform == "linux"',
     "openai>=1.40",
     "pre-commit>=3.7",
     "pytest>=8.2",

@@ -140,11 +140,8 @@ def grid_for(num_ranks: int, device: torch.device) -> Grid:
     if device.type != "cuda":
         return EMULATED_GRID
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return dataclasses.replace(
-        GPU_GRID,
-        blocks=max(1, processors // num_ranks),
-        count_blocks=max(1, processors // num_ranks),
-    )
+    resident = max(1, processors // num_ranks)
+    return dataclasses.replace(GPU_GRID, blocks=resident, local_blocks=resident)
 
 
 def random_inputs(

@@ -90,7 +90,9 @@ class VirtualGroup:
         self.heaps = [np.zeros(-(-heap_bytes // 16) * 2, np.uint64) for _ in range(ranks)]
         self.states = [np.zeros(ctypes.sizeof(abi.State), np.uint8) for _ in range(ranks)]
         self.statuses = [np.zeros(ctypes.sizeof(abi.Status), np.uint8) for _ in range(ranks)]
-        grid = dataclasses.replace(EMULATED_GRID, blocks=blocks, threads=threads)
+        grid = dataclasses.replace(
+            EMULATED_GRID, blocks=blocks, local_blocks=blocks, threads=threads
+        )
         self.endpoints = []
         for rank in range(ranks):
             stream = library.new_stream(rank)

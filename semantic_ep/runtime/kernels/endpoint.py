@@ -17,6 +17,7 @@ from semantic_ep.runtime.kernels import abi
 
 _ALIGNMENT = 256
 _ROW_ALIGNMENT = 16  # one vector access
+_WARP = 32
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -128,21 +129,40 @@ class ShuffleHeap:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Launch sizes: `blocks` x `threads` to move rows, the others to count.
+    """Launch sizes.
 
     On one GPU with several virtual ranks, all blocks that may wait at once must be resident: keep
-    ranks * blocks at or below the number of multiprocessors.
+    ranks * blocks, and ranks * local_blocks, at or below the number of multiprocessors.
+
+    Attributes:
+        blocks: Of kernels that reach into other ranks' memory.
+        local_blocks: Of kernels that move rows within this rank's.
+        threads: A block of either.
+        count_blocks, count_threads: At most, of kernels that count.
+        routes_per_warp: That a warp should have to count.
     """
 
     blocks: int
+    local_blocks: int
     threads: int
     count_blocks: int
     count_threads: int
+    routes_per_warp: int
 
 
 # Fibers are expensive; two blocks of two warps are enough for every interleaving that matters.
-EMULATED_GRID = Grid(blocks=2, threads=64, count_blocks=2, count_threads=64)
-GPU_GRID = Grid(blocks=32, threads=512, count_blocks=132, count_threads=1024)
+EMULATED_GRID = Grid(
+    blocks=2, local_blocks=2, threads=64, count_blocks=2, count_threads=64, routes_per_warp=16
+)
+# Links are slower than memory: fewer multiprocessors keep them busy, and others can compute.
+GPU_GRID = Grid(
+    blocks=64,
+    local_blocks=132,
+    threads=512,
+    count_blocks=1 << 12,
+    count_threads=1024,
+    routes_per_warp=256,
+)
 
 
 class Endpoint:
@@ -188,24 +208,30 @@ class Endpoint:
 
     def queue_routes(self, moe: abi.Moe) -> None:
         """Counts, sends rows with their routes, and receives the counts of all senders."""
-        counting = self._launch(self.grid.count_blocks, self.grid.count_threads)
+        targets = self.group.num_ranks * (1 + moe.slots_per_rank)
+        counting = self._launch(
+            min(self.grid.count_blocks, targets),
+            self._counting_threads(-(-moe.tokens * moe.topk // self.grid.routes_per_warp)),
+        )
         self.library.launch_moe("layout", moe, counting)
-        self.library.launch_send(moe, self._data_launch(), with_routes=True)
-        self.library.launch_moe("receive", moe, self._launch(1, self.grid.count_threads))
+        self.library.launch_send(moe, self._link_launch(), with_routes=True)
+        entries = self.group.num_ranks * moe.slots_per_rank
+        threads = self._counting_threads(-(-entries // _WARP))
+        self.library.launch_moe("receive", moe, self._launch(1, threads))
 
     def queue_expand(self, moe: abi.Moe) -> None:
         """Writes the received rows, one a route, sorted by slot."""
-        self.library.launch_moe("expand", moe, self._data_launch())
+        self.library.launch_moe("expand", moe, self._local_launch())
 
     def queue_combine(self, moe: abi.Moe) -> None:
         """Sums each token's rows on this rank, then over ranks."""
-        self.library.launch_moe("reduce", moe, self._data_launch())
-        self.library.launch_moe("pull", moe, self._data_launch())
+        self.library.launch_moe("reduce", moe, self._local_launch())
+        self.library.launch_moe("pull", moe, self._link_launch())
 
     def queue_combine_grad(self, moe: abi.Moe) -> None:
         """Sends the gradient of combined rows along known routes."""
-        self.library.launch_send(moe, self._data_launch(), with_routes=False)
-        self.library.launch_moe("expand_grad", moe, self._data_launch())
+        self.library.launch_send(moe, self._link_launch(), with_routes=False)
+        self.library.launch_moe("expand_grad", moe, self._local_launch())
 
     def queue_reduce_scatter(self, shuffle: abi.Shuffle) -> None:
         """Shuffled reduce-scatter."""
@@ -257,11 +283,18 @@ class Endpoint:
     def _queue_shuffle(self, shuffle: abi.Shuffle, send: str, receive: str) -> None:
         one_block = self._launch(1, self.grid.count_threads)
         self.library.launch_shuffle("shuffle_fingerprint", shuffle, one_block)
-        self.library.launch_shuffle(send, shuffle, self._data_launch())
-        self.library.launch_shuffle(receive, shuffle, self._data_launch())
+        self.library.launch_shuffle(send, shuffle, self._link_launch())
+        self.library.launch_shuffle(receive, shuffle, self._local_launch())
 
-    def _data_launch(self) -> abi.Launch:
+    def _link_launch(self) -> abi.Launch:
         return self._launch(self.grid.blocks, self.grid.threads)
+
+    def _local_launch(self) -> abi.Launch:
+        return self._launch(self.grid.local_blocks, self.grid.threads)
+
+    def _counting_threads(self, warps: int) -> int:
+        """Of a block for work that keeps so many warps busy."""
+        return min(self.grid.count_threads, _WARP * max(1, warps))
 
     def _launch(self, blocks: int, threads: int) -> abi.Launch:
         return abi.Launch(blocks=blocks, threads=threads, stream=self._stream())

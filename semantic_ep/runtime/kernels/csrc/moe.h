@@ -59,42 +59,69 @@ SEP_DEVICE int block_offset(int warp_total, int* block_total) {
   return before;
 }
 
-SEP_DEVICE bool goes_to_rank(const SepMoe& a, int token, int rank) {
+// Whether a candidate chose a target. Target v < G is a rank, and candidates are tokens; the others are slots,
+// and candidates are routes.
+SEP_DEVICE bool chose(const SepMoe& a, int target, int candidate) {
+  const int ranks = a.group.num_ranks;
+  if (target >= ranks) return a.slot[candidate] == target - ranks;
+  const int first = target * a.slots_per_rank;
   bool hit = false;
   for (int k = 0; k < a.topk; k++) {
-    const int slot = a.slot[static_cast<int64_t>(token) * a.topk + k];
-    if (slot >= a.group.num_ranks * a.slots_per_rank || slot < -1)
+    const int slot = a.slot[static_cast<int64_t>(candidate) * a.topk + k];
+    hit |= slot >= first && slot < first + a.slots_per_rank;
+    if (target == 0 && (slot >= ranks * a.slots_per_rank || slot < -1))
       fail(a.group, SEP_BAD_SLOT, SEP_DISPATCH, a.group.rank, slot);
-    else
-      hit |= slot >= 0 && slot / a.slots_per_rank == rank;
   }
   return hit;
 }
 
-// Target v < G is a rank, and candidates are tokens; the others are slots, and candidates are routes. A
-// candidate's place is the number of candidates before it that chose the same target.
+// Calls visit(candidate, hit, hits before it) for the candidates of a warp; returns its hits.
+constexpr int kChoicesAhead = 4;  // read by a lane before the first is counted
+template <class Visit>
+SEP_DEVICE int count_hits(const SepMoe& a, int target, int first, int last, int lane, Visit visit) {
+  const uint32_t lanes_before = (1u << lane) - 1;
+  int hits = 0;
+  for (int base = first; base < last; base += kChoicesAhead * kWarp) {
+    bool hit[kChoicesAhead];
+    SEP_UNROLL
+    for (int j = 0; j < kChoicesAhead; j++) {
+      const int i = base + j * kWarp + lane;
+      hit[j] = i < last && chose(a, target, i);
+    }
+    SEP_UNROLL
+    for (int j = 0; j < kChoicesAhead; j++) {
+      const int i = base + j * kWarp + lane;
+      const uint32_t all = __ballot_sync(kFullMask, hit[j]);
+      if (i < last) visit(i, hit[j], hits + __popc(all & lanes_before));
+#ifndef MUTANT_NO_CARRY_BETWEEN_CHUNKS
+      hits += __popc(all);
+#endif
+    }
+  }
+  return hits;
+}
+
+// A candidate's place is the number of candidates before it that chose the same target. A block counts for a
+// target: each warp its own run of candidates, then again with the hits of the warps before it. Nothing is
+// waited for, so any number of blocks will do.
 __global__ void __launch_bounds__(1024) layout(const __grid_constant__ SepMoe a) {
   const int ranks = a.group.num_ranks, slots = ranks * a.slots_per_rank;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   for (int target = blockIdx.x; target < ranks + slots; target += gridDim.x) {
     const bool is_rank = target < ranks;
     const int candidates = is_rank ? a.tokens : a.tokens * a.topk;
-    int chosen = 0;
-    for (int base = 0; base < candidates; base += blockDim.x) {
-      const int i = base + threadIdx.x;
-      bool hit = false;
-      if (i < candidates) hit = is_rank ? goes_to_rank(a, i, target) : a.slot[i] == target - ranks;
-      const uint32_t hits = __ballot_sync(kFullMask, hit);
-      const uint32_t lanes_before = (1u << (threadIdx.x % kWarp)) - 1;
-      int total;
-      const int place = chosen + block_offset(__popc(hits), &total) + __popc(hits & lanes_before);
-      if (is_rank && i < candidates)
+    const int run = (candidates + warps - 1) / warps, first = warp * run;
+    const int last = first + run < candidates ? first + run : candidates;
+    const int hits = count_hits(a, target, first, last, lane, [](int, bool, int) {});
+    int chosen;
+    const int before = block_offset(hits, &chosen);
+    count_hits(a, target, first, last, lane, [&](int i, bool hit, int place) {
+      place += before;
+      if (is_rank)
         a.rank_position[static_cast<int64_t>(i) * ranks + target] = hit && place < a.capacity ? place : -1;
       else if (hit)
         a.entry_position[i] = place;
-#ifndef MUTANT_NO_CARRY_BETWEEN_CHUNKS
-      chosen += total;
-#endif
-    }
+    });
     if (threadIdx.x) continue;
     if (!is_rank) {
       a.slot_count[target - ranks] = chosen;
