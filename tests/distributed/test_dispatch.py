@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import datetime
 import os
 import signal
 import time
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -211,6 +214,42 @@ def test_a_layer_computes_and_learns_the_same_with_own_rows_first():
     run_ranks(_overlapped_layer, 2)
 
 
+def _computes_while_rows_travel(rank, ranks, directory):
+    """Would hang if rank 0 waited for rows before `wait`, or sent its own only inside of it."""
+    store = dist.FileStore(f"{directory}/steps", ranks)
+    patience = datetime.timedelta(seconds=60)
+    draw = torch.Generator().manual_seed(rank)
+    x = torch.randn(2048, 1024, generator=draw)  # more than sockets buffer
+    slot = torch.tensor([[0, 1]]).repeat(2048, 1)  # a row to each rank
+    plain_send = dist.all_to_all_single
+
+    def late_send(*args, **options):
+        if options.get("async_op"):
+            store.wait(["rank 0 has computed its own rows"], patience)
+        return plain_send(*args, **options)
+
+    dispatcher = create_dispatcher("torch", group=dist.group.WORLD, slots_per_rank=1)
+    late = mock.patch.object(dist, "all_to_all_single", late_send)
+    with late if rank == 1 else contextlib.nullcontext():
+        dispatched = dispatcher.dispatch(x, slot, torch.ones(2048, 2), overlap="on")
+    y = torch.tanh(dispatched.rows_RD)
+    if rank == 0:
+        store.set("rank 0 has computed its own rows", "")
+        started = time.monotonic()
+        while not store.check(["rank 1 has all rows"]):
+            y = torch.tanh(dispatched.rows_RD)
+            assert time.monotonic() - started < 60
+    travelled = dispatched.travelling.wait()
+    if rank == 1:
+        store.set("rank 1 has all rows", "")
+    out = dispatcher.combine(y, dispatched, torch.tanh(travelled.rows_RD))
+    assert torch.equal(out, 2 * torch.tanh(x))
+
+
+def test_gloo_moves_rows_while_a_rank_computes_its_own(tmp_path):
+    run_ranks(_computes_while_rows_travel, 2, str(tmp_path))
+
+
 def _overlap_refused(rank, ranks):
     dispatcher = create_dispatcher("reference", group=dist.group.WORLD, slots_per_rank=2)
     inputs = torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2)
@@ -320,6 +359,54 @@ def test_bytes_on_the_wire_equal_the_cost_model_exactly(replicas):
     assert np.allclose(sent / trace.num_tokens, cost.remote_copies)
     computed = np.stack([s.slot_activations.sum(axis=1) for s in stats], axis=1)
     assert np.array_equal(computed, sum(s.activations for s in stats))
+
+
+class _Operators(TorchDispatchMode):
+    """Notes every operator of torch, and bytes by destination of every exchange."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.sent = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        if func.namespace == "c10d":
+            message, splits = args[1], args[4] or [1] * dist.get_world_size()
+            bytes_a_row = message.nbytes // max(1, len(message))
+            self.sent.append([rows * bytes_a_row for rows in splits])
+        return func(*args, **(kwargs or {}))
+
+
+def _what_a_pass_does(rank, ranks, tokens, overlap):
+    case = Case(tokens=(tokens,) * ranks, slots=16 // ranks, top_k=4, dtype=torch.float32)
+    x, slot, weight = case.inputs(rank, ranks)
+    dispatcher = create_dispatcher("torch", group=dist.group.WORLD, slots_per_rank=case.slots)
+    # Once before: the ranks agree on the backend.
+    moe_pass(dispatcher, x, slot, weight, lambda rows: rows.rows_RD)
+    dispatcher.stats.reset()
+    with _Operators() as operators:
+        moe_pass(dispatcher, x, slot, weight, lambda rows: rows.rows_RD, overlap=overlap)
+    stats = dispatcher.stats
+    counted = (stats.bytes_dispatch + stats.bytes_metadata + stats.bytes_combine)[0]
+    away = np.arange(ranks) != rank
+    assert np.array_equal(np.sum(operators.sent, axis=0)[away], counted[away])
+    # Nothing but the hidden states of these rows goes home.
+    assert np.array_equal(np.array(operators.sent[-1])[away], stats.bytes_combine[0][away])
+    return operators.names
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_a_pass_is_three_exchanges_and_as_many_operators_for_any_tokens_and_ranks(overlap):
+    passes = [
+        names
+        for ranks, tokens in ((2, 5), (2, 300), (4, 40))
+        for names in run_ranks(_what_a_pass_does, ranks, tokens, overlap)
+    ]
+    for names in passes:
+        assert [name for name in names if name.startswith("c10d.")] == [
+            "c10d.alltoall_base_.default"
+        ] * 3  # sizes, rows, results
+        assert names == passes[0]
 
 
 def test_metadata_is_counted_apart():
