@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, help="default: 1024 (cpu), 7168 (cuda)")
     parser.add_argument("--repeats", type=int, default=20, help="timed passes of each variant")
     parser.add_argument("--warm-up", type=int, default=3, help="passes that are not counted")
+    parser.add_argument(
+        "--launch",
+        choices=["graph", "streams"],
+        default="graph",
+        help="run all virtual ranks as one CUDA graph, or from the host (cuda)",
+    )
     parser.add_argument("--trace", type=Path, metavar="NPZ", help="routing trace (cpu)")
     parser.add_argument("--layer", type=int, default=0, help="MoE layer of the trace (cpu)")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""The CPU half of the dispatch theme: gloo ranks, three variants, one batch of routes.
+"""The CPU half of the dispatch theme: gloo ranks, variants of the exchange, one batch of routes.
 
 Shapes: T tokens of a rank, D hidden, K top-k, E logical experts, G ranks, N = G * T tokens.
 """
@@ -28,11 +28,17 @@ from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import policy
 from semantic_ep.plan.schedule import rank_shares
 from semantic_ep.plan.slices import equal_slices
+from semantic_ep.runtime.dispatch import ExpertRows
+from semantic_ep.runtime.overlap import OverlapMode
 
 VARIANTS = {
     "all_to_all": "all_to_all_single, one row a route, contiguous placement",
     "ours": "torch backend, one row a (token, rank), contiguous placement",
     "ours+plan": "torch backend, semantic placement and token schedule",
+}
+OVERLAPS = {
+    "overlap off": "ours+plan, with a D x D matrix an expert",
+    "overlap on": "the same, own rows computed while others travel",
 }
 # Tokens a rank that the emulated kernels count; they run one thread at a time.
 COUNTED_TOKENS = 32
@@ -65,20 +71,28 @@ def run_cpu(args: argparse.Namespace) -> Result:
             "hidden": hidden,
             "dtype": "float32",
             "transport": "gloo on one machine, one thread a rank",
-            "timing": f"dispatch, identity experts, combine; slowest rank; {args.repeats} passes "
-            f"after {args.warm_up}, variants interleaved",
-            "variants": VARIANTS,
+            "timing": f"dispatch, experts, combine; slowest rank; {args.repeats} passes "
+            f"after {args.warm_up}, variants interleaved; identity experts but for overlap",
+            "variants": VARIANTS | OVERLAPS,
             "sent_rows": "rows to other ranks in dispatch, mean over ranks",
             "emulated_rows": f"the same on the first {COUNTED_TOKENS} tokens of each rank, counted "
             "by the emulated kernels and by the torch backend, which must agree",
         },
         rows=rows,
-        tables=[Table(title="Dispatch and combine over gloo, ms (median)", rows=_summary(rows))],
+        tables=[
+            Table(
+                title="Dispatch and combine over gloo, ms (median)",
+                rows=_summary([row for row in rows if row["variant"] in VARIANTS]),
+            ),
+            Table(title="Local-first overlap over gloo, ms (median)", rows=_overlap_summary(rows)),
+        ],
         charts=[
             Chart(
                 title="Dispatch + combine, slowest rank",
                 kind="bars",
-                rows=[{**row, "EP": f"EP{row['ranks']}"} for row in rows],
+                rows=[
+                    {**row, "EP": f"EP{row['ranks']}"} for row in rows if row["variant"] in VARIANTS
+                ],
                 x="EP",
                 y="median_ms",
                 y_label="ms",
@@ -172,6 +186,7 @@ def _measure(
             "sent_rows": result["sent_rows"],
             "sent_mbytes": result["sent_rows"] * hidden * 4 / 1e6,
             "emulated_rows": result["emulated_rows"],
+            "auto_overlaps": result["auto_overlaps"],
         }
         for name, result in results.items()
     ]
@@ -198,6 +213,8 @@ def _rank_main(
         "all_to_all": lambda: plain_pass(x, slots["contiguous"], weight, per_rank),
         "ours": _dispatcher_pass("torch", x, slots["contiguous"], weight, per_rank),
         "ours+plan": _dispatcher_pass("torch", x, slots["semantic"], weight, per_rank),
+        "overlap off": _expert_pass(x, slots["semantic"], weight, per_rank, "off"),
+        "overlap on": _expert_pass(x, slots["semantic"], weight, per_rank, "on"),
     }
     times: dict[str, list[float]] = {name: [] for name in passes}
     for repeat in range(warm_up + repeats):
@@ -214,6 +231,12 @@ def _rank_main(
         "ours": _counted(x, slots["contiguous"], weight, per_rank),
         "ours+plan": _counted(x, slots["semantic"], weight, per_rank),
     }
+    counts |= dict.fromkeys(OVERLAPS, (counts["ours+plan"][0], None))
+    auto = _dispatcher("torch", per_rank).dispatch(x, slots["semantic"], weight, overlap="auto")
+    auto_overlaps = torch.tensor(float(auto.travelling is not None))
+    if auto.travelling is not None:
+        auto.travelling.wait()
+    dist.all_reduce(auto_overlaps)
     results = {}
     for name, (sent, emulated) in counts.items():
         both = torch.tensor([sent, emulated or 0], dtype=torch.float64)
@@ -222,6 +245,7 @@ def _rank_main(
             "ms": times[name],
             "sent_rows": float(both[0]) / ranks,
             "emulated_rows": None if emulated is None else float(both[1]) / ranks,
+            "auto_overlaps": int(auto_overlaps) if name in OVERLAPS else None,
         }
     if rank == 0:
         torch.save(results, output)
@@ -272,6 +296,30 @@ def _dispatcher_pass(
     return one_pass
 
 
+def _expert_pass(
+    x: Tensor, slot: Tensor, weight: Tensor, slots_per_rank: int, overlap: OverlapMode
+) -> Callable[[], Tensor]:
+    dispatcher = _dispatcher("torch", slots_per_rank)
+    hidden = x.shape[1]
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    matrix_SDD = torch.randn(slots_per_rank, hidden, hidden, generator=draw) / hidden**0.5
+
+    def experts(rows: ExpertRows) -> Tensor:
+        blocks = rows.rows_RD.split(rows.tokens_per_slot_S.tolist())
+        return torch.cat([block @ matrix for block, matrix in zip(blocks, matrix_SDD, strict=True)])
+
+    def one_pass() -> Tensor:
+        dispatched = dispatcher.dispatch(x, slot, weight, overlap=overlap)
+        y = experts(dispatched)
+        if dispatched.travelling is None:
+            out: Tensor = dispatcher.combine(y, dispatched)
+        else:
+            out = dispatcher.combine(y, dispatched, experts(dispatched.travelling.wait()))
+        return out
+
+    return one_pass
+
+
 def _routes_sent(slot_TK: Tensor, rank: int, slots_per_rank: int) -> int:
     return int((slot_TK // slots_per_rank != rank).sum())
 
@@ -314,4 +362,20 @@ def _summary(rows: Sequence[Row]) -> list[Row]:
             "emulated rows": row["emulated_rows"],
         }
         for row in rows
+    ]
+
+
+def _overlap_summary(rows: Sequence[Row]) -> list[Row]:
+    off = {row["ranks"]: row["median_ms"] for row in rows if row["variant"] == "overlap off"}
+    return [
+        {
+            "ranks": row["ranks"],
+            "variant": row["variant"],
+            "ms": row["median_ms"],
+            "p20..p80": f"{row['p20_ms']:.3g}..{row['p80_ms']:.3g}",
+            "against off": f"{off[row['ranks']] / row['median_ms']:.2f}x",
+            "ranks where auto overlaps": row["auto_overlaps"],
+        }
+        for row in rows
+        if row["variant"] in OVERLAPS
     ]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.registry import Result, Row, Table
 from benchmarks.virtual_ranks import Rows, VirtualRanks, check, random_inputs
+from benchmarks.virtual_torch import TorchRanks
 from semantic_ep.errors import BackendError, explain
 
 TOPK, SLOTS = 8, 32
@@ -49,12 +50,14 @@ def run_gpu(args: argparse.Namespace) -> Result:
             "topk": TOPK,
             "slots_per_rank": SLOTS,
             "routes": "uniform, distinct",
-            "timing": f"CUDA graph of all ranks, events, {args.repeats} replays after "
+            "timing": f"all ranks, launch: {args.launch}, events, {args.repeats} runs after "
             f"{args.warm_up}, variants interleaved",
             "copy_gbytes_per_s": copy_rate / 1e9,
             "of_copy": "(bytes read + written by rows) / time / copy rate; a copy of n bytes "
             "reads and writes 2 n",
-            "launch_floor_us": "the same graph with as many empty kernels",
+            "torch": "index_select, all-to-all as copies, index_select; a row a route, no waits; "
+            "where rows go is not timed",
+            "launch_floor_us": "the same with as many empty kernels",
         },
         rows=rows,
         tables=[Table(title="Virtual ranks on one GPU (median)", rows=_summary(rows))],
@@ -70,29 +73,33 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
 
 
 def time_replays(
-    steps: dict[str, Callable[[], Any]], repeats: int, warm_up: int
+    steps: dict[str, Callable[[], Any]], repeats: int, warm_up: int, *, graphs: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each replay of each step, captured as a CUDA graph; steps take turns."""
-    graphs = {}
-    for name, step in steps.items():
+    """Seconds of each run of each step, as a CUDA graph or as it is; steps take turns."""
+    for step in steps.values():  # before any capture, which gives cached memory back
         step()
         torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            step()
+    runs = {name: _captured(step) if graphs else step for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(warm_up + repeats):
-        for name, graph in graphs.items():
+        for name, run in runs.items():
             begin = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             begin.record()
-            graph.replay()
+            run()
             end.record()
             end.synchronize()
             if repeat >= warm_up:
                 times[name].append(begin.elapsed_time(end) / 1e3)
     return times
+
+
+def _captured(step: Callable[[], Any]) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _measure(
@@ -130,7 +137,7 @@ def _measure(
     check(x, slot, weight, received, SLOTS)
     y = [here.rows_RD.clone() for here in received]
     steps = _steps(virtual, inputs, received, y)
-    times = time_replays(steps, args.repeats, args.warm_up)
+    times = time_replays(steps, args.repeats, args.warm_up, graphs=args.launch == "graph")
     virtual.finish()
     traffic = _traffic(slot, ranks, hidden)
     return [
@@ -156,11 +163,9 @@ def _steps(
 ) -> dict[str, Callable[[], Any]]:
     """Kernels and torch's way, each for all ranks, and as many empty kernels."""
     x, slot, weight = inputs
-    all_x = torch.cat(x)
-    index = [_row_index(slot, rank) for rank in range(len(x))]
-    bounds = [len(one) for one in index]
-    home = torch.cat(index).argsort(stable=True)
-    empty = torch.empty(1, device=all_x.device)
+    torch_ranks = TorchRanks(slot, SLOTS)
+    used = [rows[: len(order)] for rows, order in zip(y, torch_ranks.dispatch(x), strict=True)]
+    empty = torch.empty(1, device=x[0].device)
 
     def forked(step: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -169,17 +174,6 @@ def _steps(
             virtual.join()
 
         return run
-
-    def torch_dispatch() -> None:
-        for rank_index in index:
-            all_x.index_select(0, rank_index)
-
-    flat_weight = torch.cat(weight).flatten()[:, None]
-
-    def torch_combine() -> None:
-        rows = torch.cat([rows[:bound] for rows, bound in zip(y, bounds, strict=True)])
-        routed = rows.index_select(0, home).float() * flat_weight
-        routed.view(len(all_x), TOPK, -1).sum(dim=1).bfloat16()
 
     def launches(count: int) -> Callable[[], None]:
         def run() -> None:
@@ -193,18 +187,11 @@ def _steps(
     return {
         "dispatch": forked(lambda: virtual.dispatch(x, slot, weight)),
         "combine": forked(lambda: virtual.combine(y, received)),
-        "torch dispatch": torch_dispatch,
-        "torch combine": torch_combine,
+        "torch dispatch": lambda: torch_ranks.dispatch(x),
+        "torch combine": lambda: torch_ranks.combine(used, weight),
         "launch floor dispatch": launches(4),
         "launch floor combine": launches(2),
     }
-
-
-def _row_index(slot: list[Tensor], rank: int) -> Tensor:
-    """Token (over all ranks) of each row of a rank, sorted by slot."""
-    everything = torch.cat(slot)
-    token, choice = (everything // SLOTS == rank).nonzero().unbind(1)
-    return token[torch.argsort(everything[token, choice], stable=True)]
 
 
 def _traffic(slot: list[Tensor], ranks: int, hidden: int) -> dict[str, int]:

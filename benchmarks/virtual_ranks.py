@@ -1,7 +1,9 @@
 """Several EP ranks in one process: on one GPU, a stream each; on the CPU, in the emulator.
 
 The kernels are those of real ranks; only the symmetric heaps lie in one memory. On a GPU every
-block that may wait must be resident, so ranks * blocks stays within the number of multiprocessors.
+block that may wait must be resident, so ranks * blocks stays within the number of multiprocessors;
+and nothing may make the driver wait for kernels that wait for ranks not queued yet: no stream shares
+a hardware queue, kernels are loaded and memory is reserved before.
 
 Shapes: T tokens of a rank, D hidden, K top-k, S slots a rank, G ranks, R rows of a rank.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +22,13 @@ from semantic_ep.runtime.kernels import ops
 from semantic_ep.runtime.kernels.endpoint import EMULATED_GRID, GPU_GRID, Grid, MoeHeap
 from semantic_ep.runtime.kernels.exchange import KernelExchange
 from semantic_ep.runtime.symm import LocalMemory
+
+
+# Read when CUDA starts, which importing torch does not do.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+# Passes whose results a caller may hold at once without a wait in between.
+_PASSES_HELD = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,9 +86,12 @@ class VirtualRanks:
         self.streams = (
             [torch.cuda.Stream(device) for _ in memories] if device.type == "cuda" else None
         )
+        self._reserved: set[tuple[torch.Size, ...]] = set()
 
     def dispatch(self, x: list[Tensor], slot: list[Tensor], weight: list[Tensor]) -> list[Rows]:
         """Queue the dispatch of all ranks: int32 slots, accumulator weights."""
+        self._reserve(x, slot, weight)
+        self.fork()
         received = []
         for rank, exchange in enumerate(self.exchanges):
             with self.stream(rank):
@@ -97,6 +110,7 @@ class VirtualRanks:
 
     def combine(self, y: list[Tensor], received: list[Rows]) -> list[Tensor]:
         """Queue the combine of all ranks."""
+        self.fork()
         out = []
         for rank, exchange in enumerate(self.exchanges):
             with self.stream(rank):
@@ -124,6 +138,22 @@ class VirtualRanks:
         """Make all ranks' streams wait for the current stream (GPU)."""
         for stream in self.streams or ():
             stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def _reserve(self, x: list[Tensor], slot: list[Tensor], weight: list[Tensor]) -> None:
+        """Let torch's allocator keep what passes of these shapes need, on each rank's stream."""
+        shapes = tuple(rows.shape for rows in x)
+        if self.streams is None or shapes in self._reserved:
+            return
+        self._reserved.add(shapes)
+        for rank, exchange in enumerate(self.exchanges):
+            inputs = (x[rank], None, slot[rank], weight[rank])
+            with self.stream(rank):
+                held: list[tuple[Tensor, ...]] = []
+                for _ in range(_PASSES_HELD):
+                    held.append(ops.dispatch_outputs(*inputs, exchange.key, self.max_rows))
+                    held.append((torch.empty_like(x[rank]), torch.empty_like(slot[rank])))
+                held.clear()
+        torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
     def stream(self, rank: int) -> Iterator[None]:

@@ -1,10 +1,13 @@
-"""Every output of every kernel against a float64 reference, under adversarial schedules."""
+"""Every output of every kernel against a float64 reference: in the emulator under adversarial
+schedules, and on a GPU where there is one."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semantic_ep.runtime.kernels.endpoint import EMULATED_GRID
+from tests.kernels.device_memory import DeviceMemory
 from tests.kernels.virtual_group import (
     MoeCase,
     decode,
@@ -39,8 +42,8 @@ def moe_cases(draw):
 
 @given(moe_cases())
 @settings(max_examples=60, deadline=None)
-def test_dispatch_combine_and_gradients_are_right_for_any_shape_and_schedule(emulator, case):
-    run_moe(emulator, case)
+def test_dispatch_combine_and_gradients_are_right_for_any_shape_and_schedule(platform, case):
+    platform.run(run_moe, case)
 
 
 @given(
@@ -55,8 +58,8 @@ def test_dispatch_combine_and_gradients_are_right_for_any_shape_and_schedule(emu
     )
 )
 @settings(max_examples=40, deadline=None)
-def test_shuffles_are_right_for_any_shape_and_schedule(emulator, case):
-    run_shuffle(emulator, case)
+def test_shuffles_are_right_for_any_shape_and_schedule(platform, case):
+    platform.run(run_shuffle, case)
 
 
 def test_sixty_four_ranks_and_top_sixteen(emulator):
@@ -78,12 +81,25 @@ def test_sixty_four_ranks_shuffle(emulator):
 
 
 @pytest.mark.parametrize("tokens", [(0,), (0, 0, 0, 0), (0, 17, 0, 1)])
-def test_ranks_without_tokens_take_part(emulator, tokens):
-    run_moe(emulator, MoeCase(tokens=tokens))
+def test_ranks_without_tokens_take_part(platform, tokens):
+    platform.run(run_moe, MoeCase(tokens=tokens))
 
 
-def test_several_blocks_share_the_counting_of_many_tokens(emulator):
-    run_moe(emulator, MoeCase(tokens=(130, 70), topk=3, hidden=8, blocks=3, iterations=1))
+def test_several_blocks_share_the_counting_of_many_tokens(platform):
+    case = MoeCase(tokens=(130, 70), topk=3, hidden=8, blocks=3, iterations=1)
+    platform.run(run_moe, case)
+
+
+def test_more_slots_than_a_block_has_threads(platform):
+    case = MoeCase(tokens=(9, 30), slots_per_rank=40, topk=16, hidden=8, iterations=1)
+    assert case.ranks * case.slots_per_rank > EMULATED_GRID.count_threads
+    platform.run(run_moe, case)
+
+
+def test_arrays_that_kernels_see_as_copies_are_brought_back(emulator):
+    """How arrays reach a GPU, shown where there is none."""
+    run_moe(emulator, MoeCase(tokens=(9, 0, 5)), memory=DeviceMemory("cpu"))
+    run_shuffle(emulator, ShuffleCase(ranks=2, num_rows=7), memory=DeviceMemory("cpu"))
 
 
 def test_one_resident_block_a_device_is_enough(emulator):

@@ -101,7 +101,9 @@ def test_ranks_that_shuffle_differently_are_told(emulator):
     other = same[[1, 0, 2, 3, 4, 5]]
     for endpoint, permutation in zip(group.endpoints, (same, other), strict=True):
         endpoint.queue_reduce_scatter(
-            shuffle_arguments(endpoint, heap, case, permutation, x, out[endpoint.rank])
+            shuffle_arguments(
+                endpoint, heap, case, permutation, x, out[endpoint.rank], group.memory
+            )
         )
     emulator.synchronize()
     for endpoint in group.endpoints:

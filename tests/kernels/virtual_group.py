@@ -1,6 +1,7 @@
-"""Several ranks in one process on the emulator, and a float64 reference of what they must compute.
+"""Several ranks in one process, and a float64 reference of what they must compute.
 
-No torch: the same file runs inside processes that preload a sanitizer.
+No torch: the same file runs inside processes that preload a sanitizer. On a GPU the arrays are
+mirrored by a `Memory` of another file.
 
 Shapes: T tokens of a rank, D hidden, K top-k, S slots a rank, G ranks, R rows of a rank.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,8 +46,44 @@ def storage(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return encode(np.full(shape, np.nan), dtype)
 
 
-def address(array: np.ndarray | None) -> int | None:
-    return None if array is None else array.ctypes.data
+class Memory(Protocol):
+    """Where kernels find the arrays of a test."""
+
+    def address(self, array: np.ndarray) -> int:
+        """Of the array, or of a copy of what it holds now."""
+        ...
+
+    def visible(self, num_bytes: int) -> int:
+        """Address of zeroed bytes that host and kernels see at once."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all copies are made."""
+        ...
+
+    def fetch(self) -> None:
+        """Bring back what kernels wrote into copies."""
+        ...
+
+
+class HostMemory:
+    """The arrays themselves: the emulator's memory is the host's."""
+
+    def __init__(self) -> None:
+        self._visible: list[np.ndarray] = []
+
+    def address(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    def visible(self, num_bytes: int) -> int:
+        self._visible.append(np.zeros(num_bytes, np.uint8))
+        return self._visible[-1].ctypes.data
+
+    def settle(self) -> None:
+        pass
+
+    def fetch(self) -> None:
+        pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,11 +123,12 @@ class VirtualGroup:
         timeout_s: float = 0.0,
         blocks: int = EMULATED_GRID.blocks,
         threads: int = EMULATED_GRID.threads,
+        memory: Memory | None = None,
     ) -> None:
         self.library = library
+        self.memory = memory = HostMemory() if memory is None else memory
         self.heaps = [np.zeros(-(-heap_bytes // 16) * 2, np.uint64) for _ in range(ranks)]
         self.states = [np.zeros(ctypes.sizeof(abi.State), np.uint8) for _ in range(ranks)]
-        self.statuses = [np.zeros(ctypes.sizeof(abi.Status), np.uint8) for _ in range(ranks)]
         grid = dataclasses.replace(
             EMULATED_GRID, blocks=blocks, local_blocks=blocks, threads=threads
         )
@@ -99,9 +138,9 @@ class VirtualGroup:
             endpoint = Endpoint(
                 library,
                 rank=rank,
-                heaps=[heap.ctypes.data for heap in self.heaps],
-                state=self.states[rank].ctypes.data,
-                status=self.statuses[rank].ctypes.data,
+                heaps=[memory.address(heap) for heap in self.heaps],
+                state=memory.address(self.states[rank]),
+                status=memory.visible(ctypes.sizeof(abi.Status)),
                 stream=lambda stream=stream: stream,
                 grid=grid,
                 timeout_s=timeout_s,
@@ -120,6 +159,8 @@ class MoePass:
         self, group: VirtualGroup, heap: MoeHeap, case: MoeCase, rank: int, rng: np.random.Generator
     ) -> None:
         self.case, self.rank, self.endpoint = case, rank, group.endpoints[rank]
+        self._memory = group.memory
+        self._launches: list[tuple[Callable[[abi.Moe], None], abi.Moe]] = []
         tokens, ranks, topk, slots = case.tokens[rank], case.ranks, case.topk, case.slots_per_rank
         self.slot_TK = draw_slots(case, tokens, rng)
         weight_type = np.float64 if case.dtype == "f64" else np.float32
@@ -151,44 +192,54 @@ class MoePass:
         self.weight_grad_TK = np.full((tokens, topk), np.nan, weight_type)
         self.y_grad_RD = storage((most, case.hidden), case.dtype)
         self.row_weight_grad_R = np.full(most, np.nan, weight_type)
-        self._common = moe_sizes(heap, case, tokens) | {
-            "group": self.endpoint.group,
-            "max_rows": most,
-            "slot": address(self.slot_TK),
-            "weight": address(self.weight_TK),
-            **{name: address(array) for name, array in self.buffers.items()},
-        }
+        self._common = moe_sizes(heap, case, tokens) | {"group": self.endpoint.group, "max_rows": most}
 
     def arguments(self, **changes: Any) -> abi.Moe:
-        return abi.Moe(**(self._common | changes))
+        """Of a kernel; arrays become addresses, those that all kernels use are added."""
+        arrays = {"slot": self.slot_TK, "weight": self.weight_TK, **self.buffers}
+        fields = self._common | arrays | changes
+        return abi.Moe(
+            **{
+                name: self._memory.address(value) if isinstance(value, np.ndarray) else value
+                for name, value in fields.items()
+            }
+        )
 
-    def queue(self) -> None:
-        forward = self.arguments(x=address(self.x_TD), scales=address(self.scales))
-        self.endpoint.queue_routes(forward)
-        self.endpoint.queue_expand(forward)
+    def prepare(self) -> None:
+        """Fix the arguments of all kernels, so that nothing but launches is left to do."""
+        forward = self.arguments(x=self.x_TD, scales=self.scales)
+        end = self.endpoint
+        self._launches = [(end.queue_routes, forward), (end.queue_expand, forward)]
         if self.case.dispatch_only:
             return
-        self.endpoint.queue_combine(self.arguments(y=address(self.y_RD), out=address(self.out_TD)))
+        combine = self.arguments(y=self.y_RD, out=self.out_TD)
+        self._launches.append((end.queue_combine, combine))
         if not self.case.backward:
             return
-        self.endpoint.queue_combine_grad(
-            self.arguments(
-                scale_bytes=0,
-                x=address(self.grad_TD),
-                y=address(self.y_RD),
-                y_grad=address(self.y_grad_RD),
-                row_weight_grad=address(self.row_weight_grad_R),
-            )
+        combine_grad = self.arguments(
+            scale_bytes=0,
+            x=self.grad_TD,
+            y=self.y_RD,
+            y_grad=self.y_grad_RD,
+            row_weight_grad=self.row_weight_grad_R,
         )
-        self.endpoint.queue_combine(
-            self.arguments(
-                y=address(self.y_RD),
-                row_weight=None,
-                row_grad=address(self.row_grad_R),
-                out=address(self.x_grad_TD),
-                route_grad=address(self.weight_grad_TK),
-            )
+        dispatch_grad = self.arguments(
+            y=self.y_RD,
+            row_weight=None,
+            row_grad=self.row_grad_R,
+            out=self.x_grad_TD,
+            route_grad=self.weight_grad_TK,
         )
+        self._launches += [
+            (end.queue_combine_grad, combine_grad),
+            (end.queue_combine, dispatch_grad),
+        ]
+
+    def queue(self) -> None:
+        if not self._launches:
+            self.prepare()
+        for launch, arguments in self._launches:
+            launch(arguments)
 
 
 def moe_heap(case: MoeCase, capacity: int | None = None) -> MoeHeap:
@@ -241,6 +292,7 @@ def run_moe(
     *,
     y_value: np.ndarray | None = None,
     weight: float | None = None,
+    memory: Memory | None = None,
 ) -> list[list[MoePass]]:
     """Queue all iterations of all ranks, run them, and check every output: [iteration][rank].
 
@@ -249,12 +301,18 @@ def run_moe(
         case: Shapes and schedule.
         y_value: Expert output of every row; random rows by default.
         weight: Weight of every route; random by default.
+        memory: That kernels read and write; the host's by default.
     """
     library.configure(seed=case.seed, max_resident_blocks=case.max_resident_blocks)
     rng = np.random.default_rng(case.seed)
     heap = moe_heap(case)
     group = VirtualGroup(
-        library, heap.offsets()["end"], case.ranks, blocks=case.blocks, threads=case.threads
+        library,
+        heap.offsets()["end"],
+        case.ranks,
+        blocks=case.blocks,
+        threads=case.threads,
+        memory=memory,
     )
     passes = [
         [MoePass(group, heap, case, rank, rng) for rank in range(case.ranks)]
@@ -265,11 +323,15 @@ def run_moe(
             one.y_RD[:] = encode(y_value, case.dtype)
         if weight is not None:
             one.weight_TK[:] = weight
+    for one in (one for iteration in passes for one in iteration):
+        one.prepare()
+    group.memory.settle()
     for rank in rng.permutation(case.ranks):
         for iteration in passes:
             iteration[rank].queue()
     library.synchronize()
     group.raise_failures()
+    group.memory.fetch()
     for iteration in passes:
         check_moe(case, heap, iteration)
     return passes

@@ -13,8 +13,8 @@ from tests.kernels.virtual_group import (
     DTYPES,
     ROUNDING,
     SMALLEST,
+    Memory,
     VirtualGroup,
-    address,
     decode,
     encode,
     storage,
@@ -48,6 +48,7 @@ def shuffle_arguments(
     permutation: np.ndarray,
     x: np.ndarray,
     out: np.ndarray,
+    memory: Memory,
 ) -> abi.Shuffle:
     offsets = heap.offsets()
     del offsets["end"]
@@ -59,14 +60,16 @@ def shuffle_arguments(
         row_bytes=heap.row_bytes,
         row_stride=heap.row_stride,
         dtype=DTYPES[case.dtype],
-        permutation=address(permutation),
-        x=address(x),
-        out=address(out),
+        permutation=memory.address(permutation),
+        x=memory.address(x),
+        out=memory.address(out),
         **offsets,
     )
 
 
-def run_shuffle(library: abi.EmulatorLibrary, case: ShuffleCase) -> None:
+def run_shuffle(
+    library: abi.EmulatorLibrary, case: ShuffleCase, memory: Memory | None = None
+) -> None:
     """Queue all iterations of all ranks, run them, and check every output."""
     library.configure(seed=case.seed)
     rng = np.random.default_rng(case.seed)
@@ -74,7 +77,7 @@ def run_shuffle(library: abi.EmulatorLibrary, case: ShuffleCase) -> None:
     rows_per_rank = len(permutations[0]) // case.ranks
     row_bytes = case.hidden * storage((1,), case.dtype).itemsize
     heap = ShuffleHeap(num_ranks=case.ranks, max_rows_per_rank=rows_per_rank, row_bytes=row_bytes)
-    group = VirtualGroup(library, heap.offsets()["end"], case.ranks)
+    group = VirtualGroup(library, heap.offsets()["end"], case.ranks, memory=memory)
     shape, slice_shape = (case.num_rows, case.hidden), (rows_per_rank, case.hidden)
     x = [
         [encode(rng.standard_normal(shape), case.dtype) for _ in range(case.ranks)]
@@ -87,21 +90,25 @@ def run_shuffle(library: abi.EmulatorLibrary, case: ShuffleCase) -> None:
     gathered = [
         [storage(shape, case.dtype) for _ in range(case.ranks)] for _ in range(case.iterations)
     ]
-    kept = []
+    launches = []
     for rank in rng.permutation(case.ranks):
         endpoint = group.endpoints[rank]
         for i, permutation in enumerate(permutations):
-            scatter = shuffle_arguments(
-                endpoint, heap, case, permutation, x[i][rank], slices[i][rank]
-            )
-            gather = shuffle_arguments(
-                endpoint, heap, case, permutation, slices[i][rank], gathered[i][rank]
-            )
-            kept += [scatter, gather]
-            endpoint.queue_reduce_scatter(scatter)
-            endpoint.queue_all_gather(gather)
+            for queue, source, target in (
+                (endpoint.queue_reduce_scatter, x, slices),
+                (endpoint.queue_all_gather, slices, gathered),
+            ):
+                rows, out = source[i][rank], target[i][rank]
+                arguments = shuffle_arguments(
+                    endpoint, heap, case, permutation, rows, out, group.memory
+                )
+                launches.append((queue, arguments))
+    group.memory.settle()
+    for queue, arguments in launches:
+        queue(arguments)
     library.synchronize()
     group.raise_failures()
+    group.memory.fetch()
     for i, permutation in enumerate(permutations):
         parts = np.stack([decode(one, case.dtype) for one in x[i]])
         for rank in range(case.ranks):

@@ -188,9 +188,10 @@ def _combine_backward(
     return y_grad, row_weight_grad
 
 
-def _dispatch_meta(
+def dispatch_outputs(
     x: Tensor, scales: Tensor | None, slot: Tensor, weight: Tensor, exchange: int, max_rows: int
 ) -> tuple[Tensor, ...]:
+    """What `dispatch` returns, not computed."""
     heap = exchange_of(exchange).heap
     rows = torch.library.get_ctx().new_dynamic_size() if max_rows < 0 else max_rows
     received = heap.num_ranks * heap.capacity
@@ -226,7 +227,7 @@ def _combine_backward_meta(
 
 
 for _name, _kernel, _meta in (
-    ("dispatch", _dispatch, _dispatch_meta),
+    ("dispatch", _dispatch, dispatch_outputs),
     ("combine", _combine, _combine_meta),
     ("dispatch_backward", _dispatch_backward, _dispatch_backward_meta),
     ("combine_backward", _combine_backward, _combine_backward_meta),
