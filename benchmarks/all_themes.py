@@ -50,6 +50,10 @@ def run_all(args: argparse.Namespace) -> int:
         if needs is None:
             print(f"{theme}: skipped, needs --data")
             continue
+        unavailable = getattr(theme_module(theme), "unavailable", None)
+        if unavailable is not None and (reason := unavailable()) is not None:
+            print(f"{theme}: skipped, {reason}")
+            continue
         stem = f"{theme}_{args.hardware}_{datetime.datetime.now(datetime.UTC):%Y%m}"
         args.output.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(

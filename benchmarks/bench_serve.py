@@ -34,16 +34,10 @@ CELLS, GENERATE = "cells", "engine against generate"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the theme's flags."""
+    from benchmarks.serve_inputs import add_input_arguments
     from semantic_ep.serve.scheduling.make import POLICIES
 
-    parser.add_argument(
-        "--run", type=Path, default=Path("runs/quickstart"), metavar="DIR",
-        help="output of launch/quickstart.sh, for what is not named (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face checkpoint")
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="routing profile to plan on")
-    parser.add_argument("--holdout", type=Path, metavar="DIR", help="routing of other requests")
-    parser.add_argument("--prompts", type=Path, metavar="JSONL", help='"text" in each row')
+    add_input_arguments(parser)
     parser.add_argument("--ranks", type=int, default=4, metavar="G")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--requests", type=int, default=0, help="first prompts; 0: all")

@@ -1,4 +1,4 @@
-"""What the serve theme serves: a quickstart's run, or a tiny model with planted routing.
+"""What the serving themes serve: a quickstart's run, or a tiny model with planted routing.
 
 Shapes: V vocabulary, D hidden, E experts, L layers, N tokens, K top-k.
 """
@@ -38,6 +38,18 @@ class Inputs:
     holdout: RoutingTrace
     prompts: list[list[int]]
     source: str
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `read_inputs`, except those on the prompts' number and length."""
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/quickstart"), metavar="DIR",
+        help="output of launch/quickstart.sh, for what is not named (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face checkpoint")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="routing profile to plan on")
+    parser.add_argument("--holdout", type=Path, metavar="DIR", help="routing of other requests")
+    parser.add_argument("--prompts", type=Path, metavar="JSONL", help='"text" in each row')
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:

@@ -38,10 +38,12 @@ class Generation:
         outputs: New tokens of each of the prompts that this rank brought.
         seconds: Of "dispatch", "experts" and "combine", summed over layers and steps. They include
             waiting for the other ranks.
+        steps: In which the model ran, equal on all ranks.
     """
 
     outputs: list[list[int]]
     seconds: dict[str, float]
+    steps: int
 
 
 class SemanticInferenceEngine:
@@ -142,13 +144,15 @@ class SemanticInferenceEngine:
         for request in requests:
             worker.add(request)
         outputs: list[list[int]] = [[] for _ in mine]
+        steps = 0
         while self._anybody_works(bool(worker.batcher)):
             events = worker.step()
+            steps += 1
             for event in events:
                 outputs[int(event.request_id)] += event.token_ids
             if on_tokens is not None and events:
                 on_tokens(len(events))
-        return Generation(outputs=outputs, seconds=self.model.context.timer.seconds())
+        return Generation(outputs=outputs, seconds=self.model.context.timer.seconds(), steps=steps)
 
     def _of_rank_0(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         everyone: list[Any] = [None] * self.group.size()
