@@ -72,7 +72,7 @@ def main() -> int:
     return summarise(run, time.monotonic() - started)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags of the quickstart; those of a stage can be given to the stage itself."""
     parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="a small version, under two minutes")
@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ep-size", type=int, default=4, help="ranks that serve")
     parser.add_argument("--cpu", action="store_true", help="use CPU ranks even where GPUs are")
     parser.add_argument("--keep", action="store_true", help="write into an existing run directory")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="trace of other requests to judge the plan on (default: `holdout` beside the profile)",
     )
+    parser.add_argument(
+        "--allow-retrained",
+        action="store_true",
+        help="judge on routing of the same model after further training",
+    )
     parser.add_argument("--ep-size", type=int, required=True, metavar="G", help="EP ranks")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--policy", default="semantic", help="placement policy (default: semantic)")
@@ -122,7 +127,9 @@ def run(args: argparse.Namespace) -> int:
     profile = RoutingProfile.read(args.profile)
     held_out = _holdout(args)
     holdout = RoutingTrace.load(held_out)
-    profile.fingerprint.check(holdout.fingerprint, what=f"--holdout {held_out}")
+    profile.fingerprint.check(
+        holdout.fingerprint, what=f"--holdout {held_out}", allow_retrained=args.allow_retrained
+    )
     _check_affinity(profile, args)
     topology = topology_of(args, args.ep_size)
     current = _current(args, profile)

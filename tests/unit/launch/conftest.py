@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-LAUNCH = Path(__file__).resolve().parents[3] / "launch"
+from tests import launch_scripts
 
 
 @pytest.fixture(scope="session")
 def load_script():
-    """Import launch/NAME.py as if it were started, without leaving launch/ on the path."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"launch_{name}", LAUNCH / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses look their module up while they are made.
-        sys.modules[spec.name] = module
-        sys.path.insert(0, str(LAUNCH))
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            sys.path.remove(str(LAUNCH))
-        return module
-
-    return load
+    """`load_script(NAME)` is launch/NAME.py as a module."""
+    return launch_scripts.load_script

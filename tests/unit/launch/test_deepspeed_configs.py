@@ -10,7 +10,7 @@ import pytest
 from semantic_ep.config import SemanticEPConfig
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-FILES = sorted([*CONFIGS.glob("deepspeed/*.json"), *CONFIGS.glob("debug/*rank.json")])
+FILES = sorted([*CONFIGS.glob("deepspeed/*.json"), *CONFIGS.glob("debug/*.json")])
 
 
 def test_there_are_configurations():
