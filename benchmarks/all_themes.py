@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--hardware", default="cpu", help="part of the files' names")
     parser.add_argument("--quick", action="store_true", help="the smallest setting of each theme")
+    parser.add_argument(
+        "--track", action="store_true",
+        help="record each theme below --output, and in W&B (WANDB_* name project and group)",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="THEME", help="some themes (default: all)")
 
 
@@ -56,13 +60,11 @@ def run_all(args: argparse.Namespace) -> int:
             continue
         stem = f"{theme}_{args.hardware}_{datetime.datetime.now(datetime.UTC):%Y%m}"
         args.output.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "benchmarks.run", *needs),
-                *("--json", str(args.output / f"{stem}.json")),
-                *("--markdown", str(args.output / f"{stem}.md")),
-            ]
-        )
+        outputs = ["--json", str(args.output / f"{stem}.json")]
+        outputs += ["--markdown", str(args.output / f"{stem}.md")]
+        if args.track:
+            outputs += ["--track", str(args.output / stem)]
+        done = subprocess.run([sys.executable, "-m", "benchmarks.run", *needs, *outputs])
         print(f"{theme}: {'done' if done.returncode == 0 else f'failed ({done.returncode})'}")
         failed += done.returncode != 0
     return 1 if failed else 0

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import all_themes
+from benchmarks import all_themes, tracking
 from benchmarks.base import comparison, run_at
 from benchmarks.registry import Result, Table, cell, markdown, theme_module, themes, write_json
 from semantic_ep.errors import SemanticEPError
@@ -30,18 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         theirs = run_at(args.base, _without_output(arguments)) if args.base else None
         result = theme_module(args.theme).run(args)
+        if theirs is not None:
+            result = dataclasses.replace(
+                result,
+                protocol={**result.protocol, "base": theirs["commit"]},
+                tables=[*result.tables, comparison(theirs, result.rows)],
+            )
+        for table in result.tables:
+            _print(table)
+        _write(result, args)
     except SemanticEPError as error:
         print(f"benchmarks.run {args.theme}: {error}", file=sys.stderr)
         return 2
-    if theirs is not None:
-        result = dataclasses.replace(
-            result,
-            protocol={**result.protocol, "base": theirs["commit"]},
-            tables=[*result.tables, comparison(theirs, result.rows)],
-        )
-    for table in result.tables:
-        _print(table)
-    _write(result, args)
     return 0
 
 
@@ -62,6 +62,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
             "--png", type=Path, help="write the charts (default: beside --json; needs matplotlib)"
         )
         output.add_argument("--markdown", type=Path, help="write the tables")
+        tracking.add_arguments(output)
     every = subparsers.add_parser("all", help=all_themes.SUMMARY, description=all_themes.SUMMARY)
     all_themes.add_arguments(every)
     return parser
@@ -70,7 +71,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 def _without_output(arguments: Sequence[str]) -> list[str]:
     """Arguments for the other commit, which does not compare and writes where it is told."""
     dropped = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--base", "--json", "--png", "--markdown"):
+    for flag in ("--base", "--json", "--png", "--markdown", "--track", "--wandb"):
         dropped.add_argument(flag)
     return dropped.parse_known_args(list(arguments))[1]
 
@@ -93,8 +94,11 @@ def _print(table: Table) -> None:
 
 
 def _write(result: Result, args: argparse.Namespace) -> None:
+    document = result.document(seed=getattr(args, "seed", None))
+    if args.track and not args.json:
+        args.json = args.track / f"{result.theme}.json"
     if args.json:
-        write_json(result.document(seed=getattr(args, "seed", None)), args.json)
+        write_json(document, args.json)
     if args.markdown:
         args.markdown.write_text("\n".join(markdown(table) for table in result.tables))
     picture = args.png or (args.json.with_suffix(".png") if args.json else None)
@@ -102,6 +106,8 @@ def _write(result: Result, args: argparse.Namespace) -> None:
         from benchmarks.plots import draw
 
         draw(result.charts, picture)
+    if args.track:
+        tracking.record(result, document, args, written=args.json, picture=picture)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,12 @@ class Tracker:
             self._wandb_run.log({name: image}, commit=self._owns_wandb_run)
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Record a table under `<prefix>/<name>`; the keys of its first row are the columns.
+        """Record a table under `<prefix>/<name>`.
+
+        Args:
+            name: See there.
+            rows: Their keys together are the columns. W&B takes one type a column: where numbers
+                and texts meet, it gets texts.
 
         Raises:
             ConfigError: The name has no known prefix, or there is no row.
@@ -206,13 +211,13 @@ class Tracker:
         _checked_prefix(name)
         if not rows:
             raise ConfigError(explain("a table needs a row", where=name))
-        columns = list(rows[0])
+        columns = list(dict.fromkeys(column for row in rows for column in row))
         data = [[row.get(column) for column in columns] for row in rows]
         self._event("table", name=name, columns=columns, rows=data)
         if self._wandb_run is not None:
             import wandb
 
-            table = wandb.Table(columns=columns, data=data)
+            table = wandb.Table(columns=columns, data=_one_type_a_column(data))
             self._wandb_run.log({name: table}, commit=self._owns_wandb_run)
 
     def finish(self, *, exit_code: int = 0) -> None:
@@ -283,6 +288,20 @@ def _flatten(metrics: Mapping[str, Any], parent: str = "") -> dict[str, float | 
             )
         flat[name] = number
     return flat
+
+
+def _one_type_a_column(data: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Rows as W&B's tables take them: columns of numbers, of truths, or of texts, with gaps."""
+    columns = []
+    for cells in zip(*data, strict=True):
+        kinds = {
+            bool if isinstance(cell, bool) else float if isinstance(cell, int | float) else str
+            for cell in cells
+            if cell is not None
+        }
+        plain = len(kinds) <= 1 and str not in kinds
+        columns.append([cell if cell is None or plain else str(cell) for cell in cells])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _finite(value: Any) -> Any:

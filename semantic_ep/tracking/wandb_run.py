@@ -14,7 +14,7 @@ from semantic_ep.errors import BackendError, ConfigError, explain, nearest
 
 logger = logging.getLogger(__name__)
 
-PREFIXES = ("train", "routing", "plan", "a2a", "serving")
+PREFIXES = ("train", "routing", "plan", "a2a", "serving", "benchmark")
 WandbSetting = Literal["auto", "online", "offline", "disabled"]
 WANDB_SETTINGS: tuple[WandbSetting, ...] = ("auto", "online", "offline", "disabled")
 
@@ -23,7 +23,7 @@ _DEFAULT_HOST = "https://api.wandb.ai"
 _PROBE_SECONDS = 3.0
 _INIT_SECONDS = 30.0
 # Raw traces can reveal text and checkpoints are large: W&B gets their identity, not their bytes.
-_UPLOADED_KINDS = ("profile", "plan", "layout", "report")
+_UPLOADED_KINDS = ("profile", "plan", "layout", "report", "benchmark")
 
 
 def open_run(

@@ -171,6 +171,22 @@ def test_pictures_are_recorded(tmp_path):
     assert kept.read_bytes() == picture.read_bytes()
 
 
+def test_a_table_keeps_every_column_and_wandb_gets_one_type_in_each(tmp_path):
+    table = [{"layer": 0, "lar": 0.5}, {"layer": "mean", "lar": None, "n": 3, "same": True}]
+    with Tracker.start(tmp_path, job_type="benchmark") as tracker:
+        tracker.log_table("benchmark/plan/rows", table)
+    (event,) = (row for row in rows(tmp_path) if row["event"] == "table")
+    assert event["columns"] == ["layer", "lar", "n", "same"]
+    assert event["rows"] == [[0, 0.5, None, None], ["mean", None, 3, True]]
+    (row,) = OfflineRun.in_directory(tmp_path).history
+    file = row["benchmark/plan/rows/path"]
+    (kept,) = tmp_path.glob(f"wandb/offline-run-*/files/{file}")
+    assert json.loads(kept.read_text())["data"] == [
+        ["0", 0.5, None, None],
+        ["mean", None, 3, True],
+    ]
+
+
 def test_a_key_without_an_answering_server_records_offline_within_seconds(
     tmp_path, monkeypatch, silent_host
 ):

@@ -11,6 +11,8 @@ from benchmarks import all_themes
 from benchmarks.base import ROOT, comparison
 from benchmarks.registry import themes
 from benchmarks.run import main
+from semantic_ep.tracking import METRICS_FILE
+from tests.wandb_offline import OfflineRun
 
 SMALL = ["apply", *all_themes._FLAGS["apply"][1], "--experts", "4"]
 
@@ -91,3 +93,30 @@ def test_every_flag_that_all_passes_exists(tmp_path):
         for quick in (False, True):
             arguments = all_themes.command(theme, quick=quick, data=tmp_path)
             assert _parser(theme).parse_args(arguments).theme == theme
+
+
+def test_a_tracked_result_reads_back_from_an_offline_run_with_tables_chart_and_artefact(
+    tmp_path, monkeypatch
+):
+    for name, value in {"PROJECT": "evidence", "NAME": "mine", "RUN_GROUP": "v1"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_TAGS", "cpu,quick")
+    folder = tmp_path / "tracked"
+    assert main([*SMALL, "--track", str(folder), "--wandb", "offline"]) == 0
+    document = json.loads((folder / "apply.json").read_text())
+    run = OfflineRun.in_directory(folder)
+    assert (run.project, run.name, run.group) == ("evidence", "mine", "v1")
+    assert (run.job_type, set(run.tags)) == ("benchmark", {"cpu", "quick"})
+    assert run.axes["benchmark/*"] == "benchmark/step"
+    assert run.config["protocol"] == json.loads(json.dumps(document["protocol"]))
+    assert run.config["commit"] == document["commit"]
+    assert run.config["arguments"]["hidden"] == "64" or run.config["arguments"]["hidden"] == 64
+    recorded = {name for row in run.history for name in row}
+    assert {"benchmark/apply/rows/nrows", "benchmark/apply/charts/path"} <= recorded
+    (artifact,) = (one for one in run.artifacts if one["type"] == "benchmark")
+    assert artifact["uploads"] == ["apply.json"]
+    events = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    (rows,) = [event for event in events if event.get("name") == "benchmark/apply/rows"]
+    assert [dict(zip(rows["columns"], row, strict=True)) for row in rows["rows"]] == [
+        {**dict.fromkeys(rows["columns"]), **row} for row in document["rows"]
+    ]
