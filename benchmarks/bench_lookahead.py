@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.recorded import Recording, held_out_documents, training_documents
 from benchmarks.registry import Chart, Result, Table
-from semantic_ep.errors import ConfigError, explain
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.bounds import oracle_home_ranks
@@ -57,10 +55,10 @@ def run(args: argparse.Namespace) -> Result:
     routes = Recording(args.run / "model")
     data = args.run / "data"
     profiled, _ = routes.of_documents(
-        training_documents(data, args.profile_documents, args.max_tokens)
+        training_documents(data, limit=args.profile_documents), args.max_tokens
     )
     holdout, ahead = routes.of_documents(
-        routes.held_out_documents(data, args.holdout_documents, args.max_tokens)
+        held_out_documents(data, routes, limit=args.holdout_documents), args.max_tokens
     )
     profile = RoutingProfile.from_trace(profiled, vocab_size=routes.vocab_size)
     rows = []
@@ -89,91 +87,6 @@ def run(args: argparse.Namespace) -> Result:
         "look_ahead_recall": float(recall(ahead, holdout.experts)),
     }
     return Result(theme="lookahead", protocol=protocol, rows=rows, **shown(rows, protocol))
-
-
-class Recording:
-    """A Hugging Face model that tells its routes, and those seen ahead.
-
-    Args:
-        directory: Of the model and its tokenizer.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        if not (directory / "config.json").is_file():
-            raise ConfigError(
-                explain("there is no model", where=str(directory), do="Run launch/quickstart.sh")
-            )
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from semantic_ep.integrations.look_ahead import LookAheadPredictor
-        from semantic_ep.integrations.transformers import decoder_layer_of, find_moe_layers
-
-        self._model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        self._look_ahead = LookAheadPredictor.of_model(self._model)
-        self._streams: list[Any] = []
-        self._chosen: list[Any] = []
-        for site in find_moe_layers(self._model):
-            layer = decoder_layer_of(self._model, site)
-            layer.register_forward_pre_hook(lambda _, args: self._streams.append(args[0][0]))
-            self._model.get_submodule(site.router).register_forward_hook(
-                lambda _, __, out: self._chosen.append(out[2])
-            )
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return int(self._model.config.vocab_size)
-
-    def held_out_documents(self, data: Path, limit: int, max_tokens: int) -> list[list[int]]:
-        """Token ids of documents that were not trained on."""
-        texts = [row["text"] for row in spread_over(data / "holdout.jsonl", limit)]
-        return [ids[:max_tokens] for ids in self._tokenizer(texts)["input_ids"] if ids]
-
-    def of_documents(self, documents: Sequence[Sequence[int]]) -> tuple[RoutingTrace, np.ndarray]:
-        """The routes of documents, a request each, and [N, L, E], what the look-ahead expects."""
-        from semantic_ep.integrations.transformers import model_fingerprint
-
-        runs = [self._run(ids) for ids in documents]
-        chosen_NLK, ahead_NLE = (
-            np.concatenate(one, axis=1).swapaxes(0, 1) for one in zip(*runs, strict=True)
-        )
-        trace = RoutingTrace(
-            fingerprint=model_fingerprint(self._model),
-            experts=chosen_NLK.astype(np.uint16),
-            offsets=np.cumsum([0, *map(len, documents)]),
-            token_id=np.concatenate(documents).astype(np.int32),
-        )
-        return trace, ahead_NLE
-
-    def _run(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        import torch
-
-        self._streams.clear()
-        self._chosen.clear()
-        with torch.inference_mode():
-            self._model(input_ids=torch.tensor([tokens]), use_cache=False)
-            chosen = torch.stack(self._chosen).numpy()
-            # Asking the routers again adds to what the hooks hold, which is cleared next time.
-            streams = enumerate(list(self._streams))
-            ahead = torch.stack([self._look_ahead.expert_scores(layer, x) for layer, x in streams])
-        return chosen, ahead.numpy()
-
-
-def training_documents(data: Path, limit: int, max_tokens: int) -> list[list[int]]:
-    """Token ids of documents that the model was trained on."""
-    tokens = np.load(data / "train.npy", mmap_mode="r")
-    return [
-        tokens[row["first"] : row["first"] + min(row["tokens"], max_tokens)].tolist()
-        for row in spread_over(data / "documents.jsonl", limit)
-    ]
-
-
-def spread_over(path: Path, limit: int) -> list[dict[str, Any]]:
-    """At most `limit` rows of a file, spread over it: it is sorted by kind."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    picked = np.linspace(0, len(lines) - 1, min(limit, len(lines))).astype(int)
-    return [json.loads(lines[row]) for row in picked]
 
 
 def placements(

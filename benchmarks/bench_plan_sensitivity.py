@@ -40,9 +40,20 @@ STANDARD = 0.2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the theme's flags."""
     parser.add_argument(
-        "--trace", action="append", type=Path, required=True, metavar="NPZ",
+        "--trace", action="append", type=Path, default=[], metavar="NPZ",
         help="routing trace with token ids; repeat for several",
     )  # fmt: skip
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR",
+        help="output of launch/quickstart.sh: its model's routes are recorded, training documents "
+        "profiled, and held-out ones counted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--documents", type=int, default=600, help="of --run, for training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, help="of a document of --run (default: %(default)s)"
+    )
     parser.add_argument("--num-experts", type=int, metavar="E", help="experts a layer")
     parser.add_argument(
         "--ep", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="G",
@@ -86,15 +97,12 @@ def run(args: argparse.Namespace) -> Result:
     Raises:
         ConfigError: A trace has no token ids, or slots do not spread over the ranks.
     """
-    from semantic_ep.observe.formats import read_npz_trace
-
     rows: list[dict[str, Any]] = []
-    for path in args.trace:
-        trace = read_npz_trace(path, num_experts=args.num_experts)
-        _check(args, path, trace)
+    for name, trace, held_out in _traces(args):
+        _check(args, name, trace)
         for seed in range(args.seeds):
-            for row in _Runner(args, trace, seed).rows():
-                rows.append({"trace": path.stem, "seed": seed, **row})
+            for row in _Runner(args, trace, seed, held_out).rows():
+                rows.append({"trace": name, "seed": seed, **row})
     return Result(
         theme="plan_sensitivity",
         protocol=_protocol(args),
@@ -104,19 +112,63 @@ def run(args: argparse.Namespace) -> Result:
     )
 
 
-class _Runner:
-    """The studies on one trace, with one random split."""
+def _traces(
+    args: argparse.Namespace,
+) -> Iterator[tuple[str, RoutingTrace, np.ndarray | None]]:
+    """Name, trace, and [R] which requests are held out; None: a random part of them.
 
-    def __init__(self, args: argparse.Namespace, trace: RoutingTrace, seed: int) -> None:
-        self.args, self.trace = args, trace
+    Raises:
+        ConfigError: None is named, or the run has no model.
+    """
+    from semantic_ep.observe.formats import read_npz_trace
+
+    if not args.trace and args.run is None:
+        raise ConfigError(
+            explain("there is nothing to plan on", where="--trace, --run", do="Name one")
+        )
+    for path in args.trace:
+        yield path.stem, read_npz_trace(path, num_experts=args.num_experts), None
+    if args.run is not None:
+        from benchmarks.recorded import Recording, held_out_documents, training_documents
+
+        routes, data = Recording(args.run / "model"), args.run / "data"
+        training = training_documents(data, limit=args.documents)
+        others = held_out_documents(data, routes, limit=args.documents)
+        trace, _ = routes.of_documents([*training, *others], args.max_tokens)
+        yield args.run.resolve().name, trace, np.arange(trace.num_requests) >= len(training)
+
+
+class _Runner:
+    """The studies on one trace, with one random split.
+
+    Args:
+        args: Of the theme.
+        trace: To plan on and to count.
+        seed: Of the split.
+        held_out: [R] requests to count alone; None: some at random.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        trace: RoutingTrace,
+        seed: int,
+        held_out: np.ndarray | None,
+    ) -> None:
+        self.args, self.trace, self.held_out = args, trace, held_out
         count = trace.fingerprint.num_layers
         layers = np.unique(np.linspace(0, count - 1, min(args.layers, count) + 2).astype(int)[1:-1])
         self.study = Study(
             layers=tuple(layers.tolist()), vocab_size=int(trace.token_id.max()) + 1, seed=seed
         )
         order = np.random.default_rng(seed).permutation(trace.num_requests)
-        counted = up_to(trace, order[::-1], args.evaluate_tokens)
-        self.order, self.available = order, len(order) - len(counted)
+        if held_out is None:
+            counted = up_to(trace, order[::-1], args.evaluate_tokens)
+            self.order, self.available = order, len(order) - len(counted)
+        else:
+            counted = up_to(trace, order[held_out[order]], args.evaluate_tokens)
+            self.order = order[~held_out[order]]
+            self.available = len(self.order)
         self.counted = trace.select_requests(np.sort(counted))
         self._standard: Planned | None = None
 
@@ -135,7 +187,7 @@ class _Runner:
                 yield {"study": name, **row}
 
     def _profiled(self, fraction: float) -> RoutingTrace:
-        requests = round(fraction * self.trace.num_requests)
+        requests = round(fraction * len(self.order))
         return self.trace.select_requests(np.sort(self.order[: min(requests, self.available)]))
 
     def standard(self) -> Planned:
@@ -235,7 +287,7 @@ class _Runner:
             logger.warning("requests have no label %r: no study of domains", self.args.labels)
             return
         rng = np.random.default_rng(self.study.seed)
-        halves = {name: np.array_split(rng.permutation(own), 2) for name, own in found.items()}
+        halves = {name: self._halves(rng.permutation(own)) for name, own in found.items()}
         tokens = np.diff(self.trace.offsets)
         # Every plan sees equally many tokens, so that what differs is their domain.
         budget = min(int(tokens[first].sum()) for first, _ in halves.values())
@@ -249,16 +301,24 @@ class _Runner:
                 for row in self._rows_of(source, 0.0, planned, counted):
                     yield {**row, "counted_on": target}
 
+    def _halves(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Requests to plan on, and others to count."""
+        if self.held_out is None:
+            first, second = np.array_split(requests, 2)
+            return first, second
+        held_out = self.held_out[requests]
+        return requests[~held_out], requests[held_out]
+
 
 def _compared(before: Row, after: Row) -> dict[str, Any]:
     saved = 1 - after["remote_copies"] / max(before["remote_copies"], 1e-12)
     return {**after, "contiguous_remote_copies": before["remote_copies"], "saved": saved}
 
 
-def _check(args: argparse.Namespace, path: Path, trace: RoutingTrace) -> None:
+def _check(args: argparse.Namespace, name: str, trace: RoutingTrace) -> None:
     problem = None
     if not (trace.token_id >= 0).any():
-        problem = "the trace has no token ids to plan a schedule from", f"--trace {path}", None
+        problem = "the trace has no token ids to plan a schedule from", f"--trace {name}", None
     elif trace.fingerprint.num_experts % args.at_ep:
         problem = "EP ranks must divide the experts", "--at-ep", args.at_ep
     elif any(slots % args.at_ep for slots in args.redundant_slots):
@@ -271,6 +331,10 @@ def _check(args: argparse.Namespace, path: Path, trace: RoutingTrace) -> None:
 def _protocol(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "traces": [path.name for path in args.trace],
+        "run": None
+        if args.run is None
+        else f"the model of {args.run} on {args.documents} training documents, cut to "
+        f"{args.max_tokens} tokens, which are profiled, and those held out, which are counted",
         "studies": args.studies,
         "at_ep": args.at_ep,
         "layers": f"{args.layers} MoE layers, evenly spread, without the first and the last",

@@ -70,6 +70,30 @@ def test_a_plan_is_worth_most_on_the_domain_it_was_made_from(trace_file, tmp_pat
     assert lar["odd", "odd"] > lar["even", "odd"] + 0.1
 
 
+def test_documents_of_a_quickstart_are_profiled_and_those_held_out_are_counted(
+    quickstart, tmp_path
+):
+    output = tmp_path / "out.json"
+    command = ["plan_sensitivity", "--run", str(quickstart), "--at-ep", "2", "--layers", "1"]
+    command += ["--studies", "profile size", "domains", "--fractions", "0.5", "1", "--labels"]
+    command += ["kind", "--max-tokens", "20", "--redundant-slots", "2", "--json", str(output)]
+    assert main(command) == 0
+    rows = [r for r in json.loads(output.read_text())["rows"] if r["layer"] == "mean"]
+    assert {row["trace"] for row in rows} == {quickstart.name}
+    # 12 documents were trained on, of which 20 tokens each are seen.
+    sizes = [row["profiled_tokens"] for row in rows if row["study"] == "profile size"]
+    assert sizes == [6 * 20, 12 * 20]
+    domains = {(r["setting"], r["counted_on"]) for r in rows if r["study"] == "domains"}
+    assert domains == {
+        (a, b) for a in ("python", "english", "all domains") for b in ("python", "english")
+    }
+
+
+def test_something_to_plan_on_is_asked_for(capsys):
+    assert main(["plan_sensitivity"]) == 2
+    assert "--trace, --run: there is nothing to plan on" in capsys.readouterr().err
+
+
 def test_labels_are_domains_where_none_are_listed(trace_file):
     trace = read_npz_trace(trace_file)
     found = domains_of(trace, key="subject", domains=None)
