@@ -1,9 +1,9 @@
 """Several EP ranks in one process: on one GPU, a stream each; on the CPU, in the emulator.
 
 The kernels are those of real ranks; only the symmetric heaps lie in one memory. On a GPU every
-block that may wait must be resident, so ranks * blocks stays within the number of multiprocessors;
-and nothing may make the driver wait for kernels that wait for ranks not queued yet: no stream shares
-a hardware queue, kernels are loaded and memory is reserved before.
+block that may wait must be resident, so ranks * blocks stays within the number of multiprocessors.
+Nor may the driver wait for kernels that wait for ranks not queued yet: no stream shares a hardware
+queue, kernels are loaded and memory is reserved before.
 
 Shapes: T tokens of a rank, D hidden, K top-k, S slots a rank, G ranks, R rows of a rank.
 """
@@ -22,7 +22,6 @@ from semantic_ep.runtime.kernels import ops
 from semantic_ep.runtime.kernels.endpoint import EMULATED_GRID, GPU_GRID, Grid, MoeHeap
 from semantic_ep.runtime.kernels.exchange import KernelExchange
 from semantic_ep.runtime.symm import LocalMemory
-
 
 # Read when CUDA starts, which importing torch does not do.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")

@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 
 OverlapMode = Literal["auto", "on", "off"]
 
-# Large enough to be bound by arithmetic and by memory, small enough to be quick.
-_MATMUL_SIDE = {"cpu": 512, "cuda": 8192}
-_MATRIX_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+# Large enough to be bound by arithmetic and by memory (beyond any cache), small enough to be quick,
+# and to fit beside a model.
+_MATMUL_SIDE = {"cpu": 512, "cuda": 4096}
+_MATRIX_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
 _REPEATS = 3
 
 

@@ -15,27 +15,38 @@ MOST_REGISTERS = 128
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """The library for one architecture, and what ptxas said."""
-    nvcc = build.find_nvcc()
-    if nvcc is None:
+def nvcc():
+    found = build.find_nvcc()
+    if found is None:
         pytest.skip("no nvcc on PATH, in CUDA_HOME or from the nvidia-cuda-nvcc wheel")
+    return found
+
+
+@pytest.fixture(scope="module")
+def cuobjdump():
+    wheels = [path for root in sys.path for path in Path(root or ".").glob("nvidia/cu*/bin")]
+    path = ":".join(map(str, wheels)) or None
+    tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=path)
+    if tool is None:
+        pytest.skip("no cuobjdump on PATH or from the nvidia-cuda-cuobjdump wheel")
+    return tool
+
+
+@pytest.fixture(scope="module")
+def compiled(nvcc, tmp_path_factory):
+    """The library for one architecture, and what ptxas said."""
     library = tmp_path_factory.mktemp("cuda") / "kernels.so"
     messages = build.compile_cuda(library, nvcc=nvcc, architectures=["90"], extra=["-Xptxas", "-v"])
     return library, messages
 
 
 @pytest.fixture(scope="module")
-def sass(compiled):
+def sass(compiled, cuobjdump):
     """Machine code by kernel."""
-    wheels = [path for root in sys.path for path in Path(root or ".").glob("nvidia/cu*/bin")]
-    path = ":".join(map(str, wheels)) or None
-    tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=path)
-    if tool is None:
-        pytest.skip("no cuobjdump on PATH or from the nvidia-cuda-cuobjdump wheel")
-    done = subprocess.run([tool, "-sass", str(compiled[0])], capture_output=True, text=True)
-    if done.returncode or "Function" not in done.stdout:
-        pytest.skip(f"cuobjdump cannot disassemble: {done.stderr.strip()[:200]}")
+    done = subprocess.run([cuobjdump, "-sass", str(compiled[0])], capture_output=True, text=True)
+    if done.returncode and "nvdisasm" in done.stderr:
+        pytest.skip(f"cuobjdump needs the nvidia-cuda-nvdisasm wheel: {done.stderr.strip()[:200]}")
+    assert done.returncode == 0, done.stderr
     parts = re.split(r"\n\s*Function : (\S+)", done.stdout)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -84,3 +95,31 @@ def test_a_system_wide_barrier_stands_before_every_flag(sass):
         assert flags, f"{name} stores no flag"
         assert fences, f"{name} has no system-wide barrier"
         assert all(any(fence < store for fence in fences) for store in flags)
+
+
+def test_the_library_holds_code_of_three_generations_and_ptx_for_later_ones(
+    nvcc, cuobjdump, tmp_path
+):
+    architectures = build.known_architectures(nvcc)
+    if architectures != list(build.CUDA_ARCHITECTURES):
+        pytest.skip(f"{nvcc} compiles for {architectures} only")
+    library = tmp_path / "kernels.so"
+    build.compile_cuda(library, nvcc=nvcc, extra=["-DSEP_ONE_TYPE"])
+    lists = {
+        kind: subprocess.run(
+            [cuobjdump, f"-l{kind}", str(library)], capture_output=True, text=True, check=True
+        ).stdout
+        for kind in ("elf", "ptx")
+    }
+    assert set(re.findall(r"\.sm_(\d+)\.cubin", lists["elf"])) == {"80", "90", "100"}
+    assert "100" in re.findall(r"\.sm_(\d+)\.ptx", lists["ptx"])
+
+
+def test_an_nvcc_compiles_for_what_it_knows(tmp_path):
+    old = tmp_path / "nvcc"
+    old.write_text("#!/bin/sh\necho compute_70; echo compute_80; echo compute_90\n")
+    old.chmod(0o755)
+    assert build.known_architectures(old) == ["80", "90"]
+    old.write_text("#!/bin/sh\necho compute_50\n")
+    with pytest.raises(OSError, match="none of sm_80, sm_90, sm_100"):
+        build.known_architectures(old)

@@ -192,7 +192,10 @@ class MoePass:
         self.weight_grad_TK = np.full((tokens, topk), np.nan, weight_type)
         self.y_grad_RD = storage((most, case.hidden), case.dtype)
         self.row_weight_grad_R = np.full(most, np.nan, weight_type)
-        self._common = moe_sizes(heap, case, tokens) | {"group": self.endpoint.group, "max_rows": most}
+        self._common = moe_sizes(heap, case, tokens) | {
+            "group": self.endpoint.group,
+            "max_rows": most,
+        }
 
     def arguments(self, **changes: Any) -> abi.Moe:
         """Of a kernel; arrays become addresses, those that all kernels use are added."""

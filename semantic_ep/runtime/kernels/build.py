@@ -135,18 +135,41 @@ def build_library(flavour: Flavour, directory: Path) -> BuildOutcome:
     return BuildOutcome(flavour=flavour, path=target, reason=f"built with {compiler}")
 
 
+def known_architectures(nvcc: Path) -> list[str]:
+    """Those of `CUDA_ARCHITECTURES` that this nvcc can compile for: sm_100 came with CUDA 12.8.
+
+    Raises:
+        OSError: It knows none, or does not run.
+    """
+    done = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True)
+    listed = done.stdout.split()
+    known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in listed]
+    if not known:
+        wanted = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHITECTURES)
+        raise OSError(f"compiles for none of {wanted}; it says: {done.stdout}{done.stderr}")
+    return known
+
+
 def compile_cuda(
     target: Path,
     *,
     nvcc: Path,
-    architectures: Sequence[str] = CUDA_ARCHITECTURES,
+    architectures: Sequence[str] | None = None,
     extra: Sequence[str] = (),
 ) -> str:
     """Compiles code for each architecture and PTX of the last; returns nvcc's messages.
 
+    Args:
+        target: The shared library to write.
+        nvcc: The compiler.
+        architectures: Such as "90"; None: `known_architectures`.
+        extra: More flags.
+
     Raises:
+        OSError: nvcc does not run, or knows none of the architectures.
         subprocess.CalledProcessError: nvcc failed; `stderr` has its messages.
     """
+    architectures = known_architectures(nvcc) if architectures is None else architectures
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     last = architectures[-1]
     codes.append(f"-gencode=arch=compute_{last},code=compute_{last}")

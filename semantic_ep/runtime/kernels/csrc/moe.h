@@ -104,7 +104,7 @@ SEP_DEVICE int count_hits(const SepMoe& a, int target, int first, int last, int 
 // A candidate's place is the number of candidates before it that chose the same target. A block counts for a
 // target: each warp its own run of candidates, then again with the hits of the warps before it. Nothing is
 // waited for, so any number of blocks will do.
-__global__ void __launch_bounds__(1024) layout(const __grid_constant__ SepMoe a) {
+__global__ void __launch_bounds__(1024, 1) layout(const __grid_constant__ SepMoe a) {
   const int ranks = a.group.num_ranks, slots = ranks * a.slots_per_rank;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   for (int target = blockIdx.x; target < ranks + slots; target += gridDim.x) {

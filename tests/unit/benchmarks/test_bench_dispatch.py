@@ -1,0 +1,59 @@
+"""The dispatch theme: what it prints on a CPU, and its GPU half as far as it runs without one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.run import main
+from benchmarks.virtual_ranks import VirtualRanks, check, random_inputs
+from benchmarks.virtual_torch import TorchRanks
+from semantic_ep.errors import BackendError
+from semantic_ep.runtime.kernels.exchange import load_library
+
+FLAGS = ["--ranks", "2", "--tokens", "40", "--hidden", "16", "--repeats", "2", "--warm-up", "1"]
+
+
+def test_the_cpu_half_times_every_variant_in_one_run(tmp_path):
+    output = tmp_path / "dispatch.json"
+    assert main(["dispatch", "--device", "cpu", *FLAGS, "--json", str(output)]) == 0
+    document = json.loads(output.read_text())
+    rows = {row["variant"]: row for row in document["rows"]}
+    assert list(rows) == ["all_to_all", "ours", "ours+plan", "overlap off", "overlap on"]
+    assert all(row["n"] == 2 and row["median_ms"] > 0 for row in rows.values())
+    assert rows["ours+plan"]["sent_rows"] <= rows["ours"]["sent_rows"]
+    assert rows["ours"]["sent_rows"] < rows["all_to_all"]["sent_rows"]
+    assert rows["overlap on"]["sent_rows"] == rows["ours+plan"]["sent_rows"]
+    assert rows["overlap on"]["auto_overlaps"] == 0  # 40 tokens do not pay
+
+
+def test_the_gpu_half_says_what_it_lacks(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a CUDA device")
+    assert main(["dispatch", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_kernels_and_torch_give_virtual_ranks_the_same_rows_and_sums():
+    try:
+        load_library("cpu")
+    except BackendError as error:
+        pytest.skip(str(error))
+    shape = {"slots_per_rank": 4, "topk": 3, "hidden": 24}
+    kind = {"dtype": torch.float32, "device": torch.device("cpu")}
+    x, slot, weight = random_inputs(3, tokens=11, **shape, **kind)
+    kernels = VirtualRanks(num_ranks=3, max_tokens=11, **shape, **kind)
+    received = kernels.dispatch(x, slot, weight)
+    kernels.finish()
+    check(x, slot, weight, received, shape["slots_per_rank"])
+    plain = TorchRanks(slot, shape["slots_per_rank"])
+    rows = plain.dispatch(x)
+    for ours, theirs in zip(received, rows, strict=True):
+        assert torch.equal(ours.rows_RD[: len(theirs)], theirs)
+    out = kernels.combine([torch.tanh(here.rows_RD) for here in received], received)
+    kernels.finish()
+    plain_out = plain.combine([torch.tanh(one) for one in rows], weight)
+    for ours, theirs in zip(out, plain_out, strict=True):
+        torch.testing.assert_close(ours, theirs)
