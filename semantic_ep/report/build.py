@@ -18,6 +18,7 @@ L layers, G ranks, E experts; "before" is the contiguous placement, "after" the 
     held_out        schedules by layer, see `semantic_ep.report.heldout`              | null
     what_if         other EP degrees and links, see `semantic_ep.report.what_if`      | null
     serve           requests, identical_outputs, links, modes.before / modes.after    | null
+    load_curves     latency against throughput, see `semantic_ep.report.load_curves`  | null
     semantics       tokens, kinds, subjects, see `semantic_ep.report.semantics`
     definitions     [{term, text}]
 """
@@ -39,6 +40,7 @@ from semantic_ep.plan.cost import max_over_mean
 from semantic_ep.plan.placement import Placement
 from semantic_ep.report.headline import headline
 from semantic_ep.report.heldout import held_out
+from semantic_ep.report.load_curves import load_curves
 from semantic_ep.report.planned import planned
 from semantic_ep.report.semantics import semantics
 from semantic_ep.report.sources import (
@@ -126,6 +128,7 @@ def build_report(run_dir: str | Path) -> dict[str, Any]:
         "plan": planned(sources.plan) if sources.plan else None,
         "held_out": held_out(sources),
         "serve": _serve(sources.serve, placement) if sources.serve else None,
+        "load_curves": load_curves(sources),
         "semantics": semantics(sources),
         "definitions": [{"term": term, "text": text} for term, text in DEFINITIONS],
     }

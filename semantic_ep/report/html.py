@@ -10,7 +10,14 @@ import base64
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from semantic_ep.report.units import amount, change, milliseconds, percent
+from semantic_ep.report.units import (
+    amount,
+    change,
+    duration,
+    link_name,
+    milliseconds,
+    percent,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -56,6 +63,8 @@ def _environment() -> Environment:
         "change": change,
         "percent": percent,
         "milliseconds": milliseconds,
+        "link_name": link_name,
+        "duration": lambda pair: duration(*pair),
         "integer": lambda value: f"{value:,.0f}",
         "bytes": lambda value: amount(value, "bytes"),
         "mood": _mood,

@@ -109,6 +109,7 @@ def draw(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
         "bytes_between_ranks": _bytes_between_ranks,
         "expert_load": _expert_load,
         "training_loss": _training_loss,
+        "load_curves": _load_curves,
     }
     for name, paint in painters.items():
         with rc_context(theme.rc()):
@@ -315,3 +316,45 @@ def _training_loss(figure: Figure, report: Report, theme: Theme) -> bool:
     axes.grid(axis="y")
     axes.margins(x=0.01)
     return True
+
+
+def _load_curves(figure: Figure, report: Report, theme: Theme) -> bool:
+    """Latency against throughput: a column a scheduling policy, a colour and mark a plan."""
+    section = report["load_curves"]
+    if section is None or not section["curves"]:
+        return False
+    policies, plans = (_unique(section, key) for key in ("policy", "plan"))
+    colours = dict(zip(plans, (theme.before, theme.ceiling, theme.after)))
+    marks = dict(zip(plans, "so^"))
+    latencies = {"ttft_p99_ms": "first token, p99, ms", "tpot_p50_ms": "a token, median, ms"}
+    figure.set_size_inches(7.6, 3.9)
+    panels = figure.subplots(2, len(policies), sharex=True, sharey="row", squeeze=False)
+    for curve in section["curves"]:
+        column = policies.index(curve["policy"])
+        for axes, name in zip(panels[:, column], latencies):
+            shown = [point for point in curve["points"] if point[name] is not None]
+            axes.plot(
+                [point["new_tokens_per_second"] for point in shown],
+                [point[name] for point in shown],
+                color=colours.get(curve["plan"], theme.muted),
+                marker=marks.get(curve["plan"], "x"),
+                markersize=4.5,
+                linewidth=1.4,
+                label=curve["plan"],
+            )
+    for axes in panels.ravel():
+        axes.grid()
+    for axes, label in zip(panels[:, 0], latencies.values()):
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    for axes, policy in zip(panels[0], policies):
+        axes.set_title(policy, fontsize=8.5)
+    figure.supxlabel("new tokens a second", fontsize=9, color=theme.muted)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=len(plans)
+    )
+    return True
+
+
+def _unique(section: Mapping[str, Any], key: str) -> list[str]:
+    return list(dict.fromkeys(curve[key] for curve in section["curves"]))

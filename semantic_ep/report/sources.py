@@ -34,6 +34,8 @@ from semantic_ep.plan.plan import Plan
 Mode = Literal["contiguous", "semantic"]
 MODES: tuple[Mode, ...] = ("contiguous", "semantic")
 TRAIN_FILE, SERVE_FILE = "train.jsonl", "serve.json"
+# What `python -m benchmarks.run serve --json` wrote here.
+LOAD_FILE = "serve_benchmark.json"
 PROFILE_DIR, HOLDOUT_DIR, PLAN_DIR = "profile", "holdout", "plan"
 _ARTIFACTS = (PROFILE_DIR, HOLDOUT_DIR, PLAN_DIR)
 TOKENIZER_FILES = ("data/tokenizer.json", "model/tokenizer.json")
@@ -148,6 +150,38 @@ class ServeResult(_Record):
         return self
 
 
+class LoadRow(_Record):
+    """One plan and scheduling policy at one load; rows of other measurements have no `plan`."""
+
+    load: str = ""
+    plan: str = ""
+    policy: str = ""
+    requests_per_second_offered: NonNegativeFloat | None = None
+    new_tokens_per_second: NonNegativeFloat
+    ttft_p50_ms: NonNegativeFloat | None = None
+    ttft_p99_ms: NonNegativeFloat | None = None
+    tpot_p50_ms: NonNegativeFloat | None = None
+    goodput: NonNegativeFloat | None = None
+
+
+class LoadProtocol(_Record):
+    """How it was measured, as far as the report says so."""
+
+    source: str
+    ranks: str
+    baseline: str
+    slo_ms: dict[str, float]
+
+
+class LoadBenchmark(_Record):
+    """Serving under rising load: a result of the benchmark theme `serve`."""
+
+    theme: Literal["serve"]
+    command: list[str]
+    protocol: LoadProtocol
+    rows: list[LoadRow]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSources:
     """Everything a report is made from.
@@ -159,6 +193,7 @@ class RunSources:
         holdout: Routing of documents that were not trained on.
         plan: What was planned.
         serve: What serving counted.
+        load: What serving under rising load measured.
         tokenizer: The tokenizer.json of the planned model, if it is in the run directory.
         files: Relative path -> sha256 of what was read; manifests stand for artefacts.
     """
@@ -169,6 +204,7 @@ class RunSources:
     holdout: RoutingTrace | None
     plan: Plan | None
     serve: ServeResult | None
+    load: LoadBenchmark | None
     tokenizer: Path | None
     files: dict[str, str]
 
@@ -205,6 +241,12 @@ class RunSources:
         }
         _check_one_model(directory, plan, models)
         _check_ranks(directory, plan, serve)
+        load = None
+        if (directory / LOAD_FILE).is_file():
+            load = _validated(
+                LoadBenchmark, _text(directory / LOAD_FILE), str(directory / LOAD_FILE)
+            )
+            files[LOAD_FILE] = _sha256(directory / LOAD_FILE)
         tokenizer = _matching_tokenizer(directory, plan)
         if tokenizer is not None:
             files[str(tokenizer.relative_to(directory))] = _sha256(tokenizer)
@@ -215,6 +257,7 @@ class RunSources:
             holdout=holdout,
             plan=plan,
             serve=serve,
+            load=load,
             tokenizer=tokenizer,
             files=files,
         )

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+LINK_NAMES = {
+    "nvlink4": "NVLink 4",
+    "pcie5": "PCIe 5",
+    "ib_ndr": "InfiniBand NDR",
+    "ethernet_100g": "Ethernet 100G",
+    "ethernet_25g": "Ethernet 25G",
+}
+
 
 def amount(value: float, unit: str) -> str:
     """Spell a number with its unit: share, ratio, bytes, or a plain count a token."""
@@ -33,6 +41,23 @@ def milliseconds(seconds: float) -> str:
     """Spell a time in ms with three digits, or as a whole number from 1000 on."""
     value = 1e3 * seconds
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def duration(before: float, after: float) -> str:
+    """Spell two times in seconds as one change, in the unit in which the larger is readable."""
+    largest = max(before, after)
+    scale, unit = next(
+        (pair for pair in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")) if largest >= pair[0]),
+        (1e-9, "ns"),
+    )
+    digits = 0 if largest >= 100 * scale else 1 if largest >= 10 * scale else 2
+    first, second = (f"{value / scale:.{digits}f}" for value in (before, after))
+    return f"{first} → {second} {unit}"
+
+
+def link_name(link: str) -> str:
+    """Spell a link of `semantic_ep.topology` as its makers do; an unknown one as it is."""
+    return LINK_NAMES.get(link, link)
 
 
 def byte_unit(largest: float) -> tuple[float, str]:

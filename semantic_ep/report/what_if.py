@@ -20,6 +20,7 @@ from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import policy
 from semantic_ep.plan.solver import Mode
 from semantic_ep.plan.verdict import home_ranks
+from semantic_ep.report.headline import WORTHWHILE_SHARE
 from semantic_ep.report.heldout import sampled
 from semantic_ep.report.sources import HOLDOUT_DIR, PROFILE_DIR, RunSources
 from semantic_ep.topology import LINKS
@@ -44,7 +45,8 @@ def what_if(sources: RunSources, serve: Mapping[str, Any] | None) -> dict[str, A
     Returns:
         `{"source", "layers", "bytes_of_copy", "assumed", "tokens", "links", "rows"}`, a row being
         `{"ep_size", "planned", "lar": [before, after], "remote_copies": [before, after],
-        "milliseconds": {link: [before, after]}}`; None where something is missing.
+        "busiest_rows": [before, after], "worth_it", "seconds": {link: [before, after]}}`; None
+        where something is missing.
     """
     plan, profile, trace = sources.plan, sources.profile, sources.holdout
     if plan is None or profile is None or trace is None or not profile.has_affinity:
@@ -57,16 +59,12 @@ def what_if(sources: RunSources, serve: Mapping[str, Any] | None) -> dict[str, A
     rows = []
     for ep_size in EP_SIZES:
         if few.fingerprint.num_experts % ep_size == 0:
-            before, after = _costs(few, held_out, ep_size, mode)
+            costs = _costs(few, held_out, ep_size, mode)
             rows.append(
                 {
                     "ep_size": ep_size,
                     "planned": ep_size == plan.placement.ep_size,
-                    "lar": [float(cost.lar.mean()) for cost in (before, after)],
-                    "remote_copies": [float(cost.remote_copies.mean()) for cost in (before, after)],
-                    "milliseconds": _milliseconds(
-                        before, after, of_model, copy_bytes or ASSUMED_BYTES
-                    ),
+                    **_figures(costs, of_model, copy_bytes or ASSUMED_BYTES),
                 }
             )
     return {
@@ -125,15 +123,19 @@ def _costs(
     )
 
 
-def _milliseconds(
-    before: RoutingCost, after: RoutingCost, layers: int, copy_bytes: float
-) -> dict[str, list[float]]:
-    """Of all layers, for `TOKENS` tokens, on each link."""
-    bytes_a_step = [
-        float(cost.straggler_rows().mean()) / cost.tokens * TOKENS * layers * copy_bytes
-        for cost in (before, after)
-    ]
+def _figures(
+    costs: tuple[RoutingCost, RoutingCost], layers: int, copy_bytes: float
+) -> dict[str, Any]:
+    """Contiguous and semantic; time is of all layers, for `TOKENS` tokens, on each link."""
+    copies = [float(cost.remote_copies.mean()) for cost in costs]
+    rows = [float(cost.straggler_rows().mean()) / cost.tokens * TOKENS * layers for cost in costs]
     return {
-        name: [sent / (LINKS[name].gigabytes_per_second * 1e6) for sent in bytes_a_step]
-        for name in SHOWN_LINKS
+        "lar": [float(cost.lar.mean()) for cost in costs],
+        "remote_copies": copies,
+        "busiest_rows": rows,
+        "worth_it": copies[1] <= (1 - WORTHWHILE_SHARE) * copies[0] and rows[1] <= rows[0],
+        "seconds": {
+            name: [sent * copy_bytes / (LINKS[name].gigabytes_per_second * 1e9) for sent in rows]
+            for name in SHOWN_LINKS
+        },
     }

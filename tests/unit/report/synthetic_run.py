@@ -87,6 +87,7 @@ def make_run(
     serve = serve_result(unseen, plan)
     (path / "serve.json").write_text(json.dumps(serve))
     write_train_log(path / "train.jsonl")
+    write_load_benchmark(path / "serve_benchmark.json")
     return SyntheticRun(path=path, serve=serve)
 
 
@@ -94,6 +95,42 @@ def contiguous(fingerprint: ModelFingerprint) -> Placement:
     return Placement.contiguous(
         num_layers=fingerprint.num_layers, num_experts=fingerprint.num_experts, ep_size=RANKS
     )
+
+
+def write_load_benchmark(path: Path) -> None:
+    """What `benchmarks.run serve --json` writes, as far as a report reads it."""
+    rows = [
+        {
+            "block": "cells",
+            "load": load,
+            "plan": plan,
+            "policy": policy,
+            **({} if offered is None else {"requests_per_second_offered": offered}),
+            "new_tokens_per_second": 20 * (number + 2) * (1.2 if plan == "semantic" else 1.0),
+            "ttft_p50_ms": 10.0 * (number + 1),
+            "ttft_p99_ms": 30.0 * (number + 1),
+            "tpot_p50_ms": 4.0 + number,
+            "goodput": 3.0 + number,
+        }
+        # Written as measured: the burst first, and then the lighter loads.
+        for number, (load, offered) in (
+            (2, ("all at once", None)),
+            (0, ("0.5 of the baseline", 2.0)),
+            (1, ("0.9 of the baseline", 3.6)),
+        )
+        for plan in ("contiguous", "semantic")
+        for policy in ("round-robin", "semantic")
+    ]
+    other = {"block": "engine against generate", "batch": 1, "new_tokens_per_second": 5.0}
+    protocol = {
+        "source": "a synthetic model",
+        "ranks": "4, gloo",
+        "baseline": "contiguous, round-robin",
+        "slo_ms": {"ttft": 50.0, "tpot": 20.0},
+    }
+    command = ["python", "-m", "benchmarks.run", "serve"]
+    document = {"theme": "serve", "command": command, "protocol": protocol, "rows": [*rows, other]}
+    path.write_text(json.dumps(document))
 
 
 def write_train_log(path: Path) -> None:

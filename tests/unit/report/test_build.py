@@ -102,12 +102,39 @@ def test_other_ep_degrees_are_planned_anew_and_other_links_predicted(run, report
         # Whatever the degree: blind homes meet one in G experts, semantic ones more.
         assert row["lar"][0] == pytest.approx(1 / row["ep_size"], abs=0.06)
         assert row["lar"][1] > 1.4 * row["lar"][0]
-        fast, slow = (row["milliseconds"][link] for link in ("ethernet_100g", "ethernet_25g"))
+        fast, slow = (row["seconds"][link] for link in ("ethernet_100g", "ethernet_25g"))
         rates = table["links"]["ethernet_100g"] / table["links"]["ethernet_25g"]
         assert slow == pytest.approx([rates * value for value in fast])
     # Rows are those that serving counted: a float32 vector there, and one back.
     assert not table["assumed"]
     assert table["bytes_of_copy"] == pytest.approx(2 * HIDDEN_BYTES, rel=1e-6)
+
+
+def test_other_ep_degrees_are_answered_by_the_rule_of_the_headline(report):
+    for row in report["what_if"]["rows"]:
+        fewer = row["remote_copies"][1] <= 0.95 * row["remote_copies"][0]
+        assert row["worth_it"] == (fewer and row["busiest_rows"][1] <= row["busiest_rows"][0])
+    planned = next(row for row in report["what_if"]["rows"] if row["planned"])
+    assert planned["worth_it"] == (report["headline"]["answer"] == "yes")
+
+
+def test_curves_join_the_loads_of_a_plan_and_policy_in_order(report):
+    section = report["load_curves"]
+    assert section["source"] == "serve_benchmark.json"
+    assert section["baseline"] == ["contiguous", "round-robin"]
+    cells = [(curve["plan"], curve["policy"]) for curve in section["curves"]]
+    assert len(cells) == len(set(cells)) == 4
+    for curve in section["curves"]:
+        offered = [point["requests_per_second_offered"] for point in curve["points"]]
+        assert offered == [2.0, 3.6, None]
+        assert [point["ttft_p99_ms"] for point in curve["points"]] == [30.0, 60.0, 90.0]
+
+
+def test_a_benchmark_of_something_else_is_refused(copy):
+    file = copy / "serve_benchmark.json"
+    file.write_text(file.read_text().replace('"theme": "serve"', '"theme": "plan"'))
+    with pytest.raises(ArtifactError, match=r"serve_benchmark\.json.*theme"):
+        build_report(copy)
 
 
 def test_without_serving_the_size_of_a_row_is_assumed_and_said(copy):
@@ -119,7 +146,8 @@ def test_without_serving_the_size_of_a_row_is_assumed_and_said(copy):
 def test_every_source_is_named_with_its_checksum(run, report):
     found = {entry["path"]: entry["sha256"] for entry in report["sources"]}
     artifacts = {f"{name}/{MANIFEST}" for name in ("profile", "holdout", "plan")}
-    assert set(found) == {"train.jsonl", "serve.json", "data/tokenizer.json"} | artifacts
+    files = {"train.jsonl", "serve.json", "serve_benchmark.json", "data/tokenizer.json"}
+    assert set(found) == files | artifacts
     for path, sha256 in found.items():
         assert hashlib.sha256((run.path / path).read_bytes()).hexdigest() == sha256
     for section in ("train", "observe", "plan", "serve"):

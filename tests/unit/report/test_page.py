@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,13 +14,16 @@ import pytest
 from semantic_ep.cli import EXIT_ERROR, EXIT_OK, main
 from semantic_ep.report.build import build_report
 from semantic_ep.report.plots import DARK, LIGHT, draw, relative_luminance
-from semantic_ep.report.units import amount, change, percent
+from semantic_ep.report.units import amount, change, duration, link_name, percent
 from semantic_ep.tracking import METRICS_FILE
 from tests.unit.report.synthetic_run import make_run
 from tests.wandb_offline import OfflineRun
 
 VOID = {"meta", "link", "img", "source", "br", "hr", "input"}
-PICTURES = {"lar_by_layer", "bytes_between_ranks", "expert_load", "training_loss"}
+PICTURES = {
+    *("lar_by_layer", "bytes_between_ranks", "expert_load"),
+    *("training_loss", "load_curves"),
+}
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -98,7 +103,10 @@ def test_the_first_screen_holds_verdict_four_numbers_and_a_picture(run, output):
     for row in report["what_if"]["rows"]:
         assert f'<th scope="row">{row["ep_size"]}' in first
     for link in report["what_if"]["links"]:
-        assert f'<th scope="col">{link} ' in first
+        assert f'<th scope="col">{link_name(link)} ' in first
+    assert first.count("<td>yes</td>") + first.count("<td>no</td>") == len(
+        report["what_if"]["rows"]
+    )
 
 
 def test_report_json_is_what_the_page_is_drawn_from(run, output):
@@ -237,33 +245,81 @@ def test_numbers_and_pictures_go_to_wandb_when_asked(run, tmp_path, monkeypatch)
     assert (tmp_path / METRICS_FILE).is_file()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
+
+
+def browse(page, profile, *flags):
+    """Open a page in a real browser; what it printed, and nothing on its console."""
+    quiet = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        "--enable-logging=stderr"
+    )
+    done = subprocess.run(
+        [CHROMIUM, *quiet.split(), f"--user-data-dir={profile}", *flags, page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@needs_browser
 def test_a_browser_draws_the_page_without_complaint(output, tmp_path):
     from matplotlib.image import imread
 
     picture = tmp_path / "page.png"
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-        "--disable-background-networking --disable-component-update --disable-sync "
-        "--enable-logging=stderr --window-size=1280,900"
-    )
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            *flags.split(),
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--screenshot={picture}",
-            (output / "report.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "CONSOLE" not in done.stderr
+    flags = ("--window-size=1280,900", f"--screenshot={picture}")
+    browse(output / "report.html", tmp_path / "profile", *flags)
     screen = imread(picture)[:, :, :3]
     assert screen.shape == (900, 1280, 3)
     # The picture of the first screen is where it belongs: blue marks in the lower left part.
     blue = np.array([int(LIGHT.after[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     near = np.abs(screen[380:, 100:850] - blue).max(axis=2) < 0.06
     assert near.sum() > 200
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 820, 1280])
+def test_nothing_sticks_out_of_a_narrow_screen(output, tmp_path, width):
+    # A page that holds the report in a frame of that width, and measures what it would scroll to.
+    measure = (
+        "document.title = this.contentDocument.documentElement.scrollWidth;"
+        "this.contentDocument.querySelectorAll('img').forEach("
+        "i => { if (!i.complete || !i.naturalWidth) document.title = 'an image is missing' })"
+    )
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<!doctype html><title></title><iframe width="{width}" height="900" onload="{measure}" '
+        f'srcdoc="{escape((output / "report.html").read_text(), quote=True)}"></iframe>'
+    )
+    drawn = browse(frame, tmp_path / "profile", "--dump-dom")
+    (title,) = re.findall(r"<title>(.*?)</title>", drawn[:200])
+    assert title.isdecimal(), title
+    # The frame's border takes a few pixels.
+    assert width - 24 <= int(title) <= width
+
+
+@needs_browser
+def test_the_page_prints_on_a_few_sheets(output, tmp_path):
+    file = tmp_path / "page.pdf"
+    flags = ("--no-pdf-header-footer", f"--print-to-pdf={file}")
+    browse(output / "report.html", tmp_path / "profile", *flags)
+    sheets = len(re.findall(rb"/Type\s*/Page\b", file.read_bytes()))
+    assert 3 <= sheets <= 10
+
+
+@pytest.mark.parametrize(
+    ("pair", "spelled"),
+    [
+        ((13.1e-6, 9.96e-6), "13.1 → 10.0 µs"),
+        ((1.81e-3, 1.38e-3), "1.81 → 1.38 ms"),
+        ((0.5, 2.0), "0.50 → 2.00 s"),
+        ((448e-6, 375e-6), "448 → 375 µs"),
+        ((0.0, 0.0), "0.00 → 0.00 ns"),
+    ],
+)
+def test_times_share_the_unit_of_the_larger(pair, spelled):
+    assert duration(*pair) == spelled
