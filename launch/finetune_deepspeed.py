@@ -30,7 +30,7 @@ from chunks import Chunks
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
-from trainlog import log_step, show_reports
+from trainlog import log_profile, log_step, show_reports
 
 from semantic_ep.apply.checkpoint.writer import check_vacant
 from semantic_ep.config import SECTION, SemanticEPConfig, add_arguments, section_of
@@ -205,8 +205,16 @@ def train(engine: Any, args: argparse.Namespace, tracker: Tracker, *, pad: int) 
             window.zero_()
             shown = f"expert load max/mean {row['expert_load_max_over_mean']:.2f}"
             log_step(row, args.output, tracker, shown=shown)
+            if engine.placed_experts is not None:
+                tracker.log(engine.placed_experts.dispatcher.stats.metrics(), step=step)
         if args.save_interval and step % args.save_interval == 0 and step < args.steps:
-            engine.save_checkpoint(str(args.output / "checkpoint"))
+            save_checkpoint(engine, args, tracker)
+
+
+def save_checkpoint(engine: Any, args: argparse.Namespace, tracker: Tracker) -> None:
+    """Write a checkpoint, with it the profile, and track what the profile says."""
+    engine.save_checkpoint(str(args.output / "checkpoint"))
+    log_profile(engine.semantic_ep.output, tracker, step=engine.global_steps)
 
 
 def route_documents(
@@ -328,11 +336,11 @@ def run(args: argparse.Namespace) -> None:
             rank=dist.get_rank(),
         ) as tracker:
             train(engine, args, tracker, pad=tokenizer.pad_token_id)
-            engine.save_checkpoint(str(args.output / "checkpoint"))
+            save_checkpoint(engine, args, tracker)
             save_huggingface_checkpoint(engine, args.output / "model", tokenizer=tokenizer)
             save_holdout(engine, args, tokenizer)
             if dist.get_rank() == 0:
-                tracker.log_artifact(args.output / "profile", "profile")
+                tracker.log_artifact(engine.semantic_ep.output, "profile")
                 tracker.log_artifact(args.output / "model", "checkpoint")
         dist.barrier()
     dist.destroy_process_group()

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from chunks import Chunks
-from megatron_arguments import parse_arguments
+from megatron_arguments import name_wandb_run, parse_arguments
 from megatron_model import Training, build, load, model_config, save
 from torch import distributed as dist
 from tqdm import tqdm
-from trainlog import log_step, show_reports
+from trainlog import log_profile, log_step, show_reports
 
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import BackendError, ConfigError, SemanticEPError, explain
@@ -201,6 +201,8 @@ def train(training: Training, args: argparse.Namespace, batches: Batches, tracke
             evaluate(training, args, batches, tracker)
         if training.step % args.save_interval == 0 or last:
             save(training, args)
+            if training.observation is not None:
+                log_profile(training.observation.output, tracker, step=training.step)
 
 
 def evaluate(
@@ -263,16 +265,20 @@ def run_training(args: argparse.Namespace) -> None:
     batches = Batches(args, chunks, device)
     rank = dist.get_rank()
     args.output.mkdir(parents=True, exist_ok=True)
+    name_wandb_run(args)
     with Tracker.start(
         args.output,
-        config={name: str(value) for name, value in vars(args).items()},
+        config={
+            **{name: str(value) for name, value in vars(args).items()},
+            "semantic_ep": semantic,
+        },
         job_type="train",
         wandb=semantic.tracking.wandb,
         rank=rank,
     ) as tracker:
         train(training, args, batches, tracker)
         if training.observation is not None and rank == 0:
-            tracker.log_artifact(semantic.observe.output, "profile")
+            tracker.log_artifact(training.observation.output, "profile")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 from pathlib import Path
 from typing import Any
 
 from semantic_ep.config import add_arguments
 from semantic_ep.errors import ConfigError, explain
+
+# Upstream's flags, and the variables of W&B that say the same.
+_WANDB_VARIABLES = {
+    "--wandb-project": "WANDB_PROJECT",
+    "--wandb-entity": "WANDB_ENTITY",
+    "--wandb-exp-name": "WANDB_NAME",
+    "--wandb-save-dir": "WANDB_DIR",
+}
 
 
 def parse_arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,6 +39,14 @@ def parse_arguments(description: str, argv: list[str] | None = None) -> argparse
     return args
 
 
+def name_wandb_run(args: argparse.Namespace) -> None:
+    """Let Megatron's own W&B flags name the run that is tracked; flags win over variables."""
+    for flag, variable in _WANDB_VARIABLES.items():
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        if value:
+            os.environ[variable] = value
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data and files")
     group.add_argument(
@@ -43,6 +60,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-load-optim", action="store_true", help="start a new optimizer")
     group.add_argument("--finetune", action="store_true", help="load weights; start at step 0")
     group.add_argument("--log-interval", type=int, default=10, help="steps; default 10")
+    for flag, variable in _WANDB_VARIABLES.items():
+        group.add_argument(flag, help=f"of the W&B run; default: {variable}")
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:

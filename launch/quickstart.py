@@ -124,7 +124,8 @@ def stages(
     data = [word for path in args.data for word in ("--data", path)]
     plan = (
         *("semantic-ep", "plan", "--profile", f"{run}/profile", "--holdout", f"{run}/holdout"),
-        *("--ep-size", str(args.ep_size), "-o", f"{run}/plan", *size.plan),
+        *("--ep-size", str(args.ep_size), "-o", f"{run}/plan", "--wandb", "auto"),
+        *size.plan,
     )
     apply = ("semantic-ep", "apply", "--checkpoint", f"{run}/model", "--plan", f"{run}/plan")
     return [
@@ -143,7 +144,7 @@ def stages(
         ("Plan where experts and requests go, judged on held-out routing", plan),
         (
             "Write the checkpoint permuted, for engines that know no plan",
-            (*apply, "-o", f"{run}/applied"),
+            (*apply, "-o", f"{run}/applied", "--wandb", "auto"),
         ),
         (
             "Undo it, to see that the original comes back bit for bit",
@@ -161,7 +162,7 @@ def stages(
                 *("--compare", "contiguous", "semantic", "--out", f"{run}/serve.json", *size.serve),
             ),
         ),
-        ("Draw the report", ("semantic-ep", "report", str(run))),
+        ("Draw the report", ("semantic-ep", "report", str(run), "--wandb", "auto")),
     ]
 
 

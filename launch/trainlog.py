@@ -10,6 +10,8 @@ from typing import Any
 from torch import distributed as dist
 from tqdm import tqdm
 
+from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.observe.summary import routing_metrics
 from semantic_ep.tracking import Tracker
 
 
@@ -22,6 +24,12 @@ def log_step(row: dict[str, Any], output: Path, tracker: Tracker, *, shown: str)
     metrics = {f"train/{name}": value for name, value in row.items() if name != "step"}
     tracker.log(metrics, step=row["step"])
     tqdm.write(f"step {row['step']:>5}  loss {row['loss']:.3f}  {shown}")
+
+
+def log_profile(output: Path, tracker: Tracker, *, step: int) -> None:
+    """Track what the profile says that was written with a checkpoint."""
+    if tracker.active:
+        tracker.log(routing_metrics(RoutingProfile.read(output)), step=step)
 
 
 class _AboveProgress(logging.Handler):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from semantic_ep.cli.tracking import add_wandb_argument, refuse_dry_run
 from semantic_ep.errors import ConfigError, explain
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="accept weights that were trained further since the plan was made or applied",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_wandb_argument(
+        parser, "record plan -> checkpoint in metrics.jsonl beside the new directory and in"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     _check_flags(args)
+    refuse_dry_run(args)
     # A batch system ends jobs with SIGTERM; treat it like Ctrl-C, so that nothing is left behind.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -61,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
             summary = _rewrite(args, advance)
     finally:
         signal.signal(signal.SIGTERM, previous)
+    if args.wandb != "disabled":
+        _track(args, summary)
     _print(summary, args)
     return 0
 
@@ -88,6 +95,20 @@ def _rewrite(args: argparse.Namespace, progress: Progress) -> RewriteSummary:
         dry_run=args.dry_run,
         progress=progress,
     )
+
+
+def _track(args: argparse.Namespace, summary: RewriteSummary) -> None:
+    """Record what the new checkpoint was made of."""
+    from semantic_ep.tracking import Tracker
+
+    with Tracker.start(
+        args.output.absolute().parent, config=vars(args), job_type="apply", wandb=args.wandb
+    ) as tracker:
+        tracker.log({"plan/apply/moved_experts": summary.moved, "plan/apply/bytes": summary.bytes})
+        tracker.log_artifact(args.checkpoint, "checkpoint", role="input")
+        if args.plan is not None:
+            tracker.log_artifact(args.plan, "plan", role="input")
+        tracker.log_artifact(args.output, "checkpoint")
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from semantic_ep.cli.tracking import add_wandb_argument, refuse_dry_run
+
 if TYPE_CHECKING:
     from semantic_ep.observe.profile import RoutingProfile
     from semantic_ep.plan.effect import Workload
@@ -94,12 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument("--dry-run", action="store_true", help="judge, but write nothing")
-    parser.add_argument(
-        "--wandb",
-        choices=("auto", "online", "offline", "disabled"),
-        default="disabled",
-        help="record the verdict, and profile -> plan, in metrics.jsonl beside the plan and in "
-        "Weights & Biases (default: disabled)",
+    add_wandb_argument(
+        parser, "record the verdict, and profile -> plan, in metrics.jsonl beside the plan and in"
     )
 
 
@@ -122,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     from semantic_ep.plan.schedule import Schedule
     from semantic_ep.plan.verdict import verdict
 
-    _check_tracking(args)
+    refuse_dry_run(args)
     groups = router_groups(args)
     profile = RoutingProfile.read(args.profile)
     held_out = _holdout(args)
@@ -169,15 +167,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(account, plan, result)
     return EXIT_OK if account["worth_it"] else EXIT_NO
-
-
-def _check_tracking(args: argparse.Namespace) -> None:
-    from semantic_ep.errors import ConfigError, explain
-
-    if args.dry_run and args.wandb != "disabled":
-        raise ConfigError(
-            explain("a dry run is not recorded", where="--dry-run and --wandb", do="Give one")
-        )
 
 
 def _track(args: argparse.Namespace, account: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from semantic_ep.cli.tracking import add_wandb_argument
+
 if TYPE_CHECKING:
     from semantic_ep.tracking import WandbSetting
 
@@ -21,11 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print report.json instead, and write nothing"
     )
-    parser.add_argument(
-        "--wandb",
-        choices=("auto", "online", "offline", "disabled"),
-        default="disabled",
-        help="log numbers and pictures to Weights & Biases, too (default: disabled)",
+    add_wandb_argument(
+        parser, "record numbers and pictures in metrics.jsonl beside the report and in"
     )
 
 

@@ -77,6 +77,11 @@ class RoutingObservation(ABC):
     def router_weights(self) -> list[Tensor]:
         """[E, D] weight of each router of the model in layer order; may be collective."""
 
+    @property
+    def output(self) -> Path:
+        """Where profiles are written."""
+        return Path(self._config.output)
+
     def goes_on_here(self) -> bool:
         """Whether this rank takes over its share of a saved profile; one rank for each share."""
         return dist.get_rank() == 0
@@ -112,7 +117,7 @@ class RoutingObservation(ABC):
         # Several groups may see the same tokens; the one of rank 0 counts.
         if profile is None or dist.get_rank() != 0:
             return None
-        output = Path(self._config.output)
+        output = self.output
         profile.save(output)
         if checkpoint is not None:
             profile.save(Path(checkpoint) / PROFILE_IN_CHECKPOINT)

@@ -67,6 +67,22 @@ class DispatchStats:
         arrays = {name: getattr(self, name).copy() for name in self._ARRAYS}
         return {**arrays, "slot_activations": self.slot_activations}
 
+    def metrics(self) -> dict[str, float]:
+        """What this rank has sent since the reset, under the tracker's names; bytes to others."""
+        tokens, activations = self.tokens.sum(), self.activations.sum()
+        rows = self.rows_dispatch.sum() - self.rows_dispatch[:, self.rank].sum()
+        metrics = {
+            "a2a/tokens": float(tokens),
+            "a2a/local_activation_rate": float(
+                self.activations[:, self.rank].sum() / max(activations, 1)
+            ),
+            "a2a/remote_copies": float(rows / max(tokens, 1)),
+        }
+        for name in ("bytes_dispatch", "bytes_combine", "bytes_metadata"):
+            sent = getattr(self, name)
+            metrics[f"a2a/{name}"] = float(sent.sum() - sent[:, self.rank].sum())
+        return metrics
+
     def record_dispatch(
         self,
         layer: int,

@@ -75,4 +75,13 @@ def tracked_metrics(result: Mapping[str, Any]) -> dict[str, float]:
         metrics[f"serving/{name}/remote_copies"] = float(np.mean(mode["remote_copies"]))
         metrics[f"serving/{name}/wire_bytes"] = wire_bytes(mode)
         metrics[f"serving/{name}/tokens_per_second"] = mode["tokens_per_second"]
+        for phase, seconds in mode["seconds"].items():
+            metrics[f"serving/{name}/seconds/{phase}"] = seconds
+        for kind in ("bytes_dispatch", "bytes_combine", "bytes_metadata"):
+            sent = np.array(mode[kind])
+            metrics[f"a2a/{name}/{kind}"] = float(sent.sum() - np.trace(sent))
+        metrics[f"routing/{name}/busiest_rank_over_mean"] = busiest_over_mean(mode)
+        for layer, (lar, copies) in enumerate(zip(mode["lar"], mode["remote_copies"])):
+            metrics[f"routing/{name}/lar/layer_{layer:02d}"] = lar
+            metrics[f"a2a/{name}/remote_copies/layer_{layer:02d}"] = copies
     return metrics

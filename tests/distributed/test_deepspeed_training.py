@@ -20,7 +20,9 @@ from semantic_ep.apply.checkpoint import checkpoint_fingerprint
 from semantic_ep.errors import ConfigError, PeerFailureError
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
+from semantic_ep.tracking import Tracker
 from tests.distributed.launcher import run_ranks
+from tests.wandb_offline import OfflineRun
 
 pytestmark = pytest.mark.distributed
 
@@ -199,6 +201,37 @@ def test_a_checkpoint_carries_the_profile_and_a_resumed_run_continues_it(recorde
     copy = RoutingProfile.read(output / "checkpoint" / "global_step3" / "routing_profile")
     assert_same_counts(copy, expected)
     assert_same_counts(RoutingProfile.read(output / "resumed"), longer)
+
+
+def _train_and_track(rank, _ranks, output):
+    """DeepSpeed's own W&B section opens the run; the tracker starts after the engine."""
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": str(output), "WANDB_SILENT": "true"}
+    wandb_section = {"enabled": True, "project": "theirs", "group": "nightly"}
+    engine = start(tiny_model(), deepspeed_config(output / "profile", wandb=wandb_section))
+    with Tracker.start(
+        output, config={"semantic": True}, job_type="train", wandb="offline", rank=rank
+    ) as tracker:
+        for token_id, mask in batches(rank, 4):
+            loss = engine(input_ids=token_id, attention_mask=mask, labels=token_id).loss
+            engine.backward(loss)
+            engine.step()
+            tracker.log({"train/loss": loss.item()}, step=engine.micro_steps)
+    if rank == 0:
+        import wandb
+
+        assert wandb.run is not None, "the tracker closed a run that is DeepSpeed's"
+        wandb.finish()
+
+
+def test_the_run_of_deepspeeds_own_wandb_section_is_joined_and_no_second_one_opened(tmp_path):
+    pytest.importorskip("wandb")
+    run_ranks(_train_and_track, 2, tmp_path)
+    run = OfflineRun.in_directory(tmp_path)  # Fails where there are two.
+    assert (run.project, run.group) == ("theirs", "nightly")
+    assert run.config["semantic_ep"] == {"semantic": True}
+    # Rows are committed by DeepSpeed, once an optimizer step: of several of ours the last is kept.
+    assert [row["train/step"] for row in run.history if "train/loss" in row] == [1, 3, 4]
+    assert len([row for row in run.history if "Train/Samples/lr" in row]) == 2
 
 
 def _balance(rank, ranks):

@@ -112,6 +112,14 @@ def test_both_modes_are_served_checked_and_written(run_dir, tmp_path):
     assert before["expert_load"] == after["expert_load"]
     assert before["requests_per_rank"] == after["requests_per_rank"] == [3, 3]
 
+    tracked = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    numbers = {name: value for row in tracked for name, value in row.items() if "/" in name}
+    for name, mode in written["modes"].items():
+        sent = np.array(mode["bytes_dispatch"])
+        assert numbers[f"a2a/{name}/bytes_dispatch"] == sent.sum() - np.trace(sent) > 0
+        assert numbers[f"routing/{name}/lar/layer_00"] == mode["lar"][0]
+        assert numbers[f"serving/{name}/seconds/experts"] == mode["seconds"]["experts"]
+
     # What was served is the end of the lineage: a plan, and a checkpoint.
     metrics = (tmp_path / METRICS_FILE).read_text().splitlines()
     used = {row["artifact_kind"]: row for row in map(json.loads, metrics) if "role" in row}

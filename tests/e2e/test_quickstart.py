@@ -14,6 +14,7 @@ from semantic_ep.apply.checkpoint import Checkpoint
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.plan import Plan
+from semantic_ep.tracking import METRICS_FILE
 from tests.wandb_offline import OfflineRun
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,34 @@ def test_the_report_opens_with_the_verdict_and_needs_nothing_from_outside(finish
     assert "<script" not in html
     assert not re.search(r"""(?:src|href)=["']https?://""", html)
     assert len(html) < 3_000_000
+
+
+def test_the_records_tell_the_way_from_the_run_to_what_was_served(finished):
+    _, run = finished
+    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    lineage = [
+        (row["job_type"], row["role"], row["artifact_kind"], Path(row["path"]).name)
+        for row in rows
+        if row.get("event") == "artifact"
+    ]
+    assert lineage == [
+        ("train", "output", "profile", "profile"),
+        ("train", "output", "checkpoint", "model"),
+        ("plan", "input", "profile", "profile"),
+        ("plan", "output", "plan", "plan"),
+        ("apply", "input", "checkpoint", "model"),
+        ("apply", "input", "plan", "plan"),
+        ("apply", "output", "checkpoint", "applied"),
+        ("serve", "input", "checkpoint", "model"),
+        ("serve", "input", "plan", "plan"),
+        ("report", "input", "profile", "profile"),
+        ("report", "input", "plan", "plan"),
+        ("report", "output", "report", "report.html"),
+    ]
+    made = {row["artifact_kind"]: row for row in rows if row.get("role") == "output"}
+    assert made["plan"]["parents"]["profile"] == made["profile"]["sha256"]
+    names = {name.split("/")[0] for row in rows for name in row if "/" in name}
+    assert names >= {"train", "routing", "plan", "a2a", "serving"}
 
 
 def test_training_metrics_are_in_an_offline_wandb_run(finished):

@@ -15,6 +15,8 @@ from semantic_ep.cli import main
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
+from semantic_ep.tracking import METRICS_FILE
+from tests.wandb_offline import OfflineRun
 
 
 @pytest.fixture
@@ -56,6 +58,30 @@ def test_apply_and_undo_round_trip(tmp_path, source, plan, tree, capsys) -> None
     assert main(["apply", "--checkpoint", str(applied), "--undo", "-o", str(undone)]) == 0
     assert "in logical order" in capsys.readouterr().out
     assert tree(undone) == tree(source)
+
+
+def test_a_recorded_checkpoint_names_its_plan_and_the_one_it_was_made_of(
+    tmp_path, source, plan, capsys
+) -> None:
+    output = tmp_path / "applied"
+    arguments = ["apply", "--checkpoint", str(source), "--plan", str(plan), "--wandb", "offline"]
+    assert main([*arguments, "-o", str(output)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    artifacts = [row for row in rows if row.get("event") == "artifact"]
+    assert [(row["artifact_kind"], row["role"], row["path"]) for row in artifacts] == [
+        ("checkpoint", "input", str(source)),
+        ("plan", "input", str(plan)),
+        ("checkpoint", "output", str(output)),
+    ]
+    run = OfflineRun.in_directory(tmp_path)
+    assert run.job_type == "apply"
+    assert run.config["inputs"]["plan"]["sha256"] == read_artifact(plan).sha256
+    (written,) = run.artifacts
+    assert (written["type"], written["metadata"]["path"]) == ("checkpoint", str(output))
+    # A checkpoint is referred to, never uploaded.
+    assert written["uploads"] == []
+    assert main([*arguments, "-o", str(tmp_path / "no"), "--dry-run"]) == 2
+    assert "a dry run is not recorded" in capsys.readouterr().err
 
 
 def test_json_output_is_one_object_and_a_dry_run_writes_nothing(

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,18 @@ COMMAND = ["@configs/megatron/cpu_2rank.args", "--data-path", "data", "--output"
 
 
 @pytest.fixture
-def parse(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def module():
     spec = importlib.util.spec_from_file_location(
         "megatron_arguments", ROOT / "launch" / "megatron_arguments.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def parse(module, monkeypatch):
+    monkeypatch.chdir(ROOT)
     return lambda *arguments: module.parse_arguments("test", [*COMMAND, *arguments])
 
 
@@ -24,6 +30,15 @@ def test_a_file_gives_the_defaults_and_later_arguments_win(parse):
     args = parse("--num-layers", "3")
     assert (args.num_layers, args.num_experts, args.save) == (3, 16, Path("run/checkpoint"))
     assert args.semantic_ep_enabled == "true"
+
+
+def test_megatrons_own_wandb_flags_name_the_run_that_is_tracked(parse, module, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "of the shell")
+    monkeypatch.setenv("WANDB_NAME", "kept")
+    monkeypatch.setenv("WANDB_DIR", "here")
+    module.name_wandb_run(parse("--wandb-project", "pretraining", "--wandb-save-dir", "elsewhere"))
+    found = {name: os.environ[f"WANDB_{name}"] for name in ("PROJECT", "NAME", "DIR")}
+    assert found == {"PROJECT": "pretraining", "NAME": "kept", "DIR": "elsewhere"}
 
 
 @pytest.mark.parametrize(
