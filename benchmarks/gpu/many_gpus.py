@@ -1,7 +1,7 @@
 """Real ranks over NVLink against NCCL: `torchrun --nproc-per-node 8 benchmarks/gpu/many_gpus.py`.
 
 Checks that the kernels give the rows of the torch backend bit for bit and its sums to rounding, and
-times both, interleaved.
+that own rows first change no bit of the latter's; times all three, interleaved.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> int:
 
 def compare(args: argparse.Namespace) -> None:
     """One line a backend on rank 0."""
+    from semantic_ep.runtime.dispatch import Dispatcher
     from semantic_ep.runtime.kernels.dispatcher import KernelDispatcher
     from semantic_ep.runtime.stats import DispatchStats
     from semantic_ep.runtime.torch_dispatch import TorchDispatcher
@@ -56,29 +57,43 @@ def compare(args: argparse.Namespace) -> None:
     def new_stats() -> DispatchStats:
         return DispatchStats(num_layers=1, ep_size=ranks, slots_per_rank=args.slots, rank=rank)
 
-    backends = {
-        "kernels": KernelDispatcher(
-            group=group, slots_per_rank=args.slots, stats=new_stats(), max_tokens=args.tokens
-        ),
-        "torch (NCCL)": TorchDispatcher(group=group, slots_per_rank=args.slots, stats=new_stats()),
+    kernels = KernelDispatcher(
+        group=group, slots_per_rank=args.slots, stats=new_stats(), max_tokens=args.tokens
+    )
+    plain = TorchDispatcher(group=group, slots_per_rank=args.slots, stats=new_stats())
+
+    def at_once(backend: Dispatcher) -> tuple[torch.Tensor, torch.Tensor]:
+        dispatched = backend.dispatch(x, slot, weight)
+        return dispatched.rows_RD, backend.combine(dispatched.rows_RD, dispatched)
+
+    def own_first() -> tuple[torch.Tensor, torch.Tensor]:
+        dispatched = plain.dispatch_local_first(x, slot, weight, overlap="on")
+        assert dispatched.travelling is not None
+        others = dispatched.travelling.wait()
+        return others.rows_RD, plain.combine(dispatched.rows_RD, dispatched, others.rows_RD)
+
+    passes = {
+        "kernels": lambda: at_once(kernels),
+        "torch (NCCL)": lambda: at_once(plain),
+        "torch (NCCL), own rows first": own_first,
     }
     rows, sums = [], []
-    times: dict[str, list[float]] = {name: [] for name in backends}
+    times: dict[str, list[float]] = {name: [] for name in passes}
     for repeat in range(3 + args.repeats):
-        for name, backend in backends.items():
+        for name, one_pass in passes.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             dist.barrier()
             begin.record()
-            dispatched = backend.dispatch(x, slot, weight)
-            out = backend.combine(dispatched.rows_RD, dispatched)
+            moved, out = one_pass()
             end.record()
             end.synchronize()
             if repeat == 0:
-                rows.append(dispatched.rows_RD)
+                rows.append(moved)
                 sums.append(out)
             if repeat >= 3:
                 times[name].append(begin.elapsed_time(end) * 1e3)
     assert torch.equal(rows[0], rows[1]), "rows differ"
+    assert torch.equal(sums[1], sums[2]), "own rows first change the sums"
     torch.testing.assert_close(sums[0], sums[1], rtol=2e-2, atol=2e-2)
     for name, values in times.items():
         slowest = torch.tensor(statistics.median(values), device="cuda")

@@ -147,9 +147,10 @@ def test_outputs_and_gradients_equal_one_process_for_every_shape(backend, overla
 def _overlap_changes_no_bit(rank, ranks):
     for case in CASES[ranks]:
         x, slot, weight = case.inputs(rank, ranks)
+        x.requires_grad_()
         # By element: a matrix product may round a row differently beside other rows.
         scale = torch.arange(1, case.slots + 1, dtype=case.dtype) * (rank + 1)
-        outputs, counters = [], []
+        outputs, counters, gradients = [], [], []
         # The ranks need not decide alike.
         for overlap in ("off", "on", "on" if rank % 2 else "off"):
             dispatcher = create_dispatcher(
@@ -170,6 +171,12 @@ def _overlap_changes_no_bit(rank, ranks):
                 )
             )
             counters.append(dispatcher.stats.snapshot())
+            outputs[-1].double().square().sum().backward()
+            gradients.append(x.grad)
+            x.grad = None
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-4}.get(case.dtype, 0.1)
+        for gradient in gradients[1:]:  # added up in another order
+            torch.testing.assert_close(gradient, gradients[0], rtol=tolerance, atol=tolerance)
         assert torch.equal(outputs[0], outputs[1]), case
         assert torch.equal(outputs[0], outputs[2]), case
         for name, counted in counters[0].items():

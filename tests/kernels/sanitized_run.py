@@ -58,6 +58,7 @@ def every_type(library: abi.EmulatorLibrary) -> None:
         for hidden in (1, 7, 24, 136):
             run_moe(library, MoeCase(tokens=(7, 3), hidden=hidden, dtype=dtype, scale_bytes=4))
             run_shuffle(library, ShuffleCase(ranks=2, num_rows=7, hidden=hidden, dtype=dtype))
+    run_moe(library, MoeCase(tokens=(7, 3), hidden=13, quantised=True, scale_bytes=4))
     run_moe(library, MoeCase(tokens=(5,) * 8, topk=8))
 
 

@@ -34,6 +34,7 @@ def moe_cases(draw):
         dropped=draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
         hot_rank=draw(st.booleans()),
         scale_bytes=draw(st.sampled_from([0, 4, 20])),
+        quantised=draw(st.booleans()),
         max_resident_blocks=draw(st.integers(0, 2)),
         blocks=draw(st.integers(1, 3)),
         threads=draw(st.sampled_from([32, 64, 96])),
@@ -78,6 +79,12 @@ def test_sixty_four_ranks_and_top_sixteen(emulator):
 
 def test_sixty_four_ranks_shuffle(emulator):
     run_shuffle(emulator, ShuffleCase(ranks=64, num_rows=130, hidden=9, iterations=1))
+
+
+@pytest.mark.parametrize("hidden", [32, 20, 6, 7])
+def test_rows_of_bytes_travel_with_their_scales_at_any_width(platform, hidden):
+    case = MoeCase(tokens=(9, 4, 6), hidden=hidden, quantised=True, scale_bytes=4, topk=4)
+    platform.run(run_moe, case)
 
 
 @pytest.mark.parametrize("tokens", [(0,), (0, 0, 0, 0), (0, 17, 0, 1)])

@@ -100,6 +100,7 @@ class MoeCase:
     dropped: float = 0.1
     hot_rank: bool = False
     scale_bytes: int = 0
+    quantised: bool = False  # dispatched rows have a byte an element
     max_resident_blocks: int = 0
     blocks: int = EMULATED_GRID.blocks
     threads: int = EMULATED_GRID.threads
@@ -166,6 +167,8 @@ class MoePass:
         weight_type = np.float64 if case.dtype == "f64" else np.float32
         self.weight_TK = rng.random((tokens, topk)).astype(weight_type)
         self.x_TD = encode(rng.standard_normal((tokens, case.hidden)), case.dtype)
+        if case.quantised:
+            self.x_TD = rng.integers(0, 256, (tokens, case.hidden), np.uint8)
         self.scales = rng.integers(0, 256, (tokens, case.scale_bytes), np.uint8)
         self.grad_TD = encode(rng.standard_normal((tokens, case.hidden)), case.dtype)
         most = max(1, ranks * heap.capacity * topk)
@@ -183,7 +186,7 @@ class MoePass:
             "total_rows": np.zeros(1, np.int32),
             "expanded_row": np.full((received, topk), -7, np.int32),
             "source_token": np.full(received, -7, np.int32),
-            "rows": storage((most, case.hidden), case.dtype),
+            "rows": np.full_like(self.x_TD, 7, shape=(most, case.hidden)),
             "row_scales": np.zeros((most, max(1, case.scale_bytes)), np.uint8),
             "row_weight": np.full(most, np.nan, weight_type),
         }
@@ -210,7 +213,8 @@ class MoePass:
 
     def prepare(self) -> None:
         """Fix the arguments of all kernels, so that nothing but launches is left to do."""
-        forward = self.arguments(x=self.x_TD, scales=self.scales)
+        row_bytes = self.case.hidden * self.x_TD.itemsize
+        forward = self.arguments(x=self.x_TD, scales=self.scales, row_bytes=row_bytes)
         end = self.endpoint
         self._launches = [(end.queue_routes, forward), (end.queue_expand, forward)]
         if self.case.dispatch_only:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from benchmarks.base import ROOT
 from benchmarks.run import main
 from benchmarks.virtual_ranks import VirtualRanks, check, random_inputs
 from benchmarks.virtual_torch import TorchRanks
@@ -34,6 +37,24 @@ def test_the_gpu_half_says_what_it_lacks(capsys):
         pytest.skip("torch sees a CUDA device")
     assert main(["dispatch", "--device", "cuda"]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_the_script_for_many_gpus_is_skipped_below_two():
+    if torch.cuda.device_count() >= 2:
+        pytest.skip("there are GPUs enough: run it with torchrun")
+    script = ROOT / "benchmarks" / "gpu" / "many_gpus.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "skipped: fewer than 2 CUDA devices" in done.stdout
+
+
+def test_the_proof_on_a_gpu_fails_where_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a CUDA device")
+    script = ROOT / "benchmarks" / "gpu" / "prove.sh"
+    done = subprocess.run(["bash", script, sys.executable], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "nothing can be proven here" in done.stderr
 
 
 def test_kernels_and_torch_give_virtual_ranks_the_same_rows_and_sums():
