@@ -34,8 +34,9 @@ from semantic_ep.serve.protocol import (
     TokenEvent,
 )
 from semantic_ep.serve.reference import generate_in_one_process
-from semantic_ep.serve.scheduling.cost import Accelerator, ModelSize, ServingCost
+from semantic_ep.serve.scheduling.cost import Accelerator, ServingCost
 from semantic_ep.serve.scheduling.make import make_scheduler
+from semantic_ep.serve.scheduling.measured import measured_accelerator, serving_cost
 from semantic_ep.serve.start import serve_group
 from semantic_ep.topology import LINKS, Topology
 
@@ -211,7 +212,8 @@ def serve_all(job: Job) -> Measured | None:
     }
     reference = _reference(job)
     accelerator = measured_accelerator()
-    cost = _cost(engines[BASELINE[0]], accelerator, dist.get_world_size())
+    topology = Topology.uniform(dist.get_world_size(), intra_node=LINKS[LINK])
+    cost = serving_cost(engines[BASELINE[0]], accelerator=accelerator, topology=topology)
     serve = functools.partial(_serve, job, engines, cost)
     for plan in engines:
         serve(plan, BASELINE[1], BURST, [0.0] * len(job.prompts))
@@ -389,48 +391,3 @@ def _reference(job: Job) -> list[list[int]]:
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, mine)
     return [everyone[number % ranks][number // ranks] for number in range(len(job.prompts))]
-
-
-def measured_accelerator() -> Accelerator:
-    """What a thread of this machine sustains: a matrix product, and reading memory."""
-    side, repeats = 512, 5
-    matrix, vector = torch.rand(side, side), torch.rand(16 * 2**20)
-    product = min(_seconds(lambda: matrix @ matrix) for _ in range(repeats))
-    reading = min(_seconds(vector.sum) for _ in range(repeats))
-    return Accelerator(
-        teraflops=2 * side**3 / product / 1e12,
-        gigabytes_per_second=vector.nbytes / reading / 1e9,
-    )
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _cost(engine: SemanticInferenceEngine, accelerator: Accelerator, ranks: int) -> ServingCost:
-    """What serving the model on these ranks takes, for the policy that predicts it."""
-    config = engine.model.module.config.get_text_config()
-    fingerprint = engine.model.fingerprint
-    parameters = list(engine.model.module.parameters())
-    element = parameters[0].element_size()
-    held = sum(parameter.nbytes for parameter in parameters) - engine.expert_bytes_resident
-    experts = fingerprint.num_layers * fingerprint.num_experts
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return ServingCost(
-        model=ModelSize(
-            dense_parameters=held // element,
-            expert_parameters=engine.expert_bytes_total // experts // element,
-            num_layers=fingerprint.num_layers,
-            num_experts=fingerprint.num_experts,
-            top_k=fingerprint.top_k,
-            hidden_size=config.hidden_size,
-            kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_dim * element,
-            element_bytes=element,
-        ),
-        accelerator=accelerator,
-        topology=Topology.uniform(ranks, intra_node=LINKS[LINK]),
-    )

@@ -1,5 +1,10 @@
 #!/usr/bin/env python3
-"""Serve prompts with DeepSpeed-Inference and experts spread over an EP group.
+"""Serve a model with DeepSpeed-Inference and experts spread over an EP group.
+
+    deepspeed --num_gpus 4 launch/serve.py --deepspeed_config configs/debug/cpu_2rank.json \\
+        --model runs/x/model --plan runs/x/plan
+
+starts the HTTP server (`semantic_ep.serve.http`). With `--prompts` a list is served instead:
 
     OMP_NUM_THREADS=1 deepspeed --num_gpus 4 launch/serve.py \\
         --deepspeed_config configs/debug/cpu_2rank.json --model runs/x/model --plan runs/x/plan \\
@@ -32,54 +37,46 @@ from tqdm import tqdm
 
 from semantic_ep.apply.checkpoint import Checkpoint
 from semantic_ep.artifacts import write_file_atomically
-from semantic_ep.config import SemanticEPConfig, add_arguments, section_of
+from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, SemanticEPError, explain
-from semantic_ep.integrations.deepspeed import read_config
 from semantic_ep.integrations.deepspeed.inference import init_distributed
-from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
 from semantic_ep.runtime.collectives import peer_guard
-from semantic_ep.runtime.groups import GroupPlan
-from semantic_ep.serve.attention import attention_options
+from semantic_ep.serve.arguments import add_job_arguments
 from semantic_ep.serve.compare import ServingMode, compare_modes
-from semantic_ep.serve.engine import SemanticInferenceEngine
+from semantic_ep.serve.job import (
+    expert_groups,
+    load_engine,
+    local_device,
+    read_plan,
+    read_settings,
+)
 from semantic_ep.serve.reference import generate_in_one_process
 from semantic_ep.serve.requests import Request, read_requests, write_responses
 from semantic_ep.serve.scheduling.offline import by_affinity, round_robin
 from semantic_ep.serve.summary import in_megabytes, parity_line, summary_table, tracked_metrics
-from semantic_ep.serve.worker import MAX_STEP_TOKENS
-from semantic_ep.topology import Topology
 from semantic_ep.tracking import Tracker
 
 MODES = ("contiguous", "semantic")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, with DeepSpeed's flags and ours."""
-    import deepspeed
-
+    """Parse the command line of a list of prompts."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint")
-    parser.add_argument("--plan", type=Path, help="plan artefact; default: semantic_ep.plan")
+    add_job_arguments(parser)
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL with "text" in each row')
     parser.add_argument("-o", "--out", type=Path, help="JSON file for counters and times")
     parser.add_argument("--responses", type=Path, help="JSONL file for the generated text")
     parser.add_argument(
         "--compare", nargs="+", choices=MODES, help="modes; default: semantic if there is a plan"
     )
-    parser.add_argument("--config", help="another name of --deepspeed_config")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     serve = parser.add_argument_group("serving")
     serve.add_argument("--num-requests", type=int, default=0, help="first rows; 0: all")
     serve.add_argument("--max-prompt-tokens", type=int, default=192, help="longer ones are cut")
     serve.add_argument("--max-new-tokens", type=int, default=32)
     serve.add_argument("--max-batch-size", type=int, default=32, help="sequences a rank at a time")
     serve.add_argument("--rounds", type=int, default=3, help="repetitions in every mode")
-    serve.add_argument("--dtype", choices=DTYPES, default="float32")
-    serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    serve.add_argument("--peer-timeout", type=float, default=50, help="seconds to wait for a rank")
     serve.add_argument(
         "--check-requests",
         type=int,
@@ -87,57 +84,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="requests also run in one process without expert parallelism, which needs the whole "
         "model on each rank; -1: all",
     )
-    serve.add_argument(
-        "--allow-retrained", action="store_true", help="accept a plan of the model's earlier state"
-    )
-    add_arguments(parser)
-    args = deepspeed.add_config_arguments(parser).parse_args(argv)
-    args.deepspeed_config = args.deepspeed_config or args.config
+    args = parser.parse_args(argv)
     for name in ("max_prompt_tokens", "max_new_tokens", "max_batch_size", "rounds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
-
-
-def read_plan(
-    args: argparse.Namespace, settings: SemanticEPConfig, checkpoint: Checkpoint
-) -> Plan | None:
-    """Read the plan and check that it is the model's.
-
-    Raises:
-        ArtifactError: It is damaged. FingerprintError: It belongs to another model.
-    """
-    path = args.plan or settings.plan.artifact
-    if path == "auto":
-        return None
-    plan = Plan.read(path)
-    plan.fingerprint.check(
-        checkpoint.fingerprint(),
-        what=f"--model {args.model}, for --plan {path},",
-        allow_retrained=args.allow_retrained,
-    )
-    return plan
-
-
-def expert_groups(settings: SemanticEPConfig, world_size: int) -> GroupPlan:
-    """All ranks as one EP group, on the nodes that the launcher tells of.
-
-    Raises:
-        ConfigError: The settings ask for something else.
-    """
-    wanted = settings.groups.ep_size
-    if wanted not in ("auto", world_size):
-        raise ConfigError(
-            explain(
-                f"ep_size is {wanted} and {world_size} ranks were started",
-                where="semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size",
-                do=f'Start {wanted} ranks, or set it to "auto"',
-            )
-        )
-    # torchrun and the deepspeed launcher name it differently.
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    topology = Topology.uniform(world_size, num_nodes=max(world_size // local, 1))
-    return GroupPlan.build(world_size, world_size, topology=topology, scope=settings.groups.scope)
 
 
 def build_modes(
@@ -161,32 +112,22 @@ def build_modes(
                 do="Make one with `semantic-ep plan`",
             )
         )
-    world_size = dist.get_world_size()
-    group_plan = expert_groups(settings, world_size)
+    group_plan = expert_groups(settings, dist.get_world_size())
     group = group_plan.create().expert_parallel
     prompts = [request.prompt for request in requests]
     modes = {}
     for name in names:
-        schedule = plan.schedule if name == "semantic" else None
-        if name == "semantic":
-            placement = plan.placement
-        else:
-            shape = checkpoint.shape
-            placement = Placement.contiguous(
-                num_layers=len(shape.layer_ids), num_experts=shape.num_experts, ep_size=world_size
-            )
-        engine = SemanticInferenceEngine.from_checkpoint(
+        used = plan if name == "semantic" else None
+        engine = load_engine(
+            args,
+            settings,
             checkpoint,
-            placement=placement,
+            used,
+            group_plan,
             group=group,
-            device=local_device(args),
-            dtype=DTYPES[args.dtype],
-            backend=settings.dispatch.backend,
-            overlap=settings.dispatch.overlap,
-            max_tokens=max(MAX_STEP_TOKENS, args.max_batch_size),
-            node_of_rank=group_plan.nodes_of_group(dist.get_rank()),
-            **attention_options(settings, schedule),
+            max_sequences=args.max_batch_size,
         )
+        schedule = None if used is None else used.schedule
         ranks = ranks_of_requests(args, settings, prompts, schedule)
         modes[name] = ServingMode(engine=engine, rank_of_request=ranks)
     return modes
@@ -206,13 +147,6 @@ def ranks_of_requests(
     return by_affinity(prompts, schedule, max_new_tokens=args.max_new_tokens)
 
 
-def local_device(args: argparse.Namespace) -> torch.device:
-    """The GPU of this rank, or the CPU."""
-    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0))))
-
-
 def check_against_one_process(
     args: argparse.Namespace, prompts: list[list[int]], outputs: list[list[int]]
 ) -> tuple[bool | None, int]:
@@ -227,7 +161,7 @@ def check_against_one_process(
         args.model,
         [prompts[index] for index in mine],
         max_new_tokens=args.max_new_tokens,
-        dtype=DTYPES[args.dtype],
+        dtype=getattr(torch, args.dtype),
         device=local_device(args),
         progress=dist.get_rank() == 0,
     )
@@ -255,8 +189,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve; returns 1 if outputs differ where they must not, else 0."""
     from transformers import AutoTokenizer
 
-    section = section_of(read_config(None, args)) if args.deepspeed_config else None
-    settings = SemanticEPConfig.resolve(json_section=section, args=args)
+    settings = read_settings(args)
     checkpoint = Checkpoint.open(args.model)
     plan = read_plan(args, settings, checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
@@ -345,8 +278,19 @@ def publish(args: argparse.Namespace, settings: SemanticEPConfig, result: dict[s
             tracker.log_artifact(plan, "plan", role="input")
 
 
+def names_prompts(argv: list[str] | None) -> bool:
+    """Whether a list of prompts is to be served, not clients."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompts")
+    return parser.parse_known_args(argv)[0].prompts is not None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
+    if not names_prompts(argv):
+        from semantic_ep.serve.http.__main__ import main as serve_over_http
+
+        return serve_over_http(argv)
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING)
     try:

@@ -128,12 +128,23 @@ class ScheduleConfig(_Section):
 
 
 class ServeConfig(_Section):
-    """How the serving engine divides its work."""
+    """How the serving engine divides its work, and what each rank of the server holds."""
 
     attention: Literal["dp", "tp"] = Field(
         "dp",
         description="attention of a rank: that of its own requests (dp), or that of its share of "
         "the heads for all requests (tp)",
+    )
+    policy: Literal["auto", "semantic", "semantic-window", "least-loaded", "round-robin"] = Field(
+        "auto",
+        description="which rank serves a request that arrives at the HTTP server; auto: semantic "
+        "with a plan, else least-loaded",
+    )
+    kv_cache_tokens: PositiveInt = Field(
+        65536, description="positions of each rank's KV cache in the HTTP server"
+    )
+    max_sequences: PositiveInt = Field(
+        32, description="sequences that run together on a rank of the HTTP server"
     )
 
 

@@ -63,7 +63,6 @@ def measure_drift(
     """
     planned_on.fingerprint.check(fresh.fingerprint, what="the fresh profile", allow_retrained=True)
     fresh_load = np.maximum(fresh.load - included * planned_on.load, 0)
-    loads = [_shares(load) for load in (planned_on.load, fresh_load)]
     vocab = max(planned_on.vocab_size, fresh.vocab_size)
     seen = np.zeros((2, vocab))
     seen[0, : planned_on.vocab_size] = planned_on.token_count
@@ -71,10 +70,16 @@ def measure_drift(
     seen[1] = np.maximum(seen[1] - included * seen[0], 0)
     frequency = _shares(seen)
     return Drift(
-        load_distance=np.abs(loads[0] - loads[1]).sum(axis=1) / 2,
+        load_distance=load_distance(planned_on.load, fresh_load),
         token_distance=float(np.abs(frequency[0] - frequency[1]).sum() / 2),
         unseen_tokens=float(frequency[1][seen[0] == 0].sum()),
     )
+
+
+def load_distance(planned_on_LE: np.ndarray, fresh_LE: np.ndarray) -> np.ndarray:
+    """[L] total variation between the load shares of experts, 0..1."""
+    distance_L: np.ndarray = np.abs(_shares(planned_on_LE) - _shares(fresh_LE)).sum(axis=1) / 2
+    return distance_L
 
 
 def expected_local_share(profile: RoutingProfile, placement: Placement) -> float:

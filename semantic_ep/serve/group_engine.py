@@ -15,6 +15,7 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from semantic_ep.errors import SemanticEPError, UnavailableError, explain
+from semantic_ep.plan.plan import Plan
 from semantic_ep.serve.lockstep import Action, Control, Report, run_lockstep
 from semantic_ep.serve.protocol import (
     EngineRequest,
@@ -85,7 +86,10 @@ class GroupEngine:
         self._handed_over: tuple[tuple[int, EngineRequest], ...] = ()
         self._acting: Future[Any] | None = None
         empty = RankStats(load=worker.load())
-        self._stats = EngineStats(ranks=(empty,) * group.size())
+        self._stats = EngineStats(
+            ranks=(empty,) * group.size(),
+            physical_to_logical_map=worker.model.placement.physical_to_logical_map,
+        )
         self._by_table = schedules_by_table(worker)
         self._homes = 1 if worker.has_all_requests else group.size()
         self._thread = threading.Thread(
@@ -147,7 +151,8 @@ class GroupEngine:
         except SemanticEPError as error:
             future.set_exception(error)
             return future
-        future.add_done_callback(self._count_reload)
+        # Called in the loop's thread, between two steps.
+        future.add_done_callback(functools.partial(self._taken_over, new))
         schedule = new.schedule if self._by_table else None
         action = functools.partial(take_over, placement=new.placement, schedule=schedule)
         return self._enqueue(action, future)
@@ -270,10 +275,19 @@ class GroupEngine:
         future.set_exception(UnavailableError(explain("the engine has ended")))
         return future
 
-    def _count_reload(self, future: Future[Any]) -> None:
-        if future.exception() is None:
-            reloads = self._stats.plan_reloads + 1
-            self._stats = dataclasses.replace(self._stats, plan_reloads=reloads)
+    def _taken_over(self, plan: Plan, future: Future[Any]) -> None:
+        if future.exception() is not None:
+            return
+        if self._homes > 1:
+            self._scheduler.replan(plan.schedule)
+        # What slots have computed so far was for the experts that were there before.
+        ranks = tuple(dataclasses.replace(r, slot_rows_LS=None) for r in self._stats.ranks)
+        self._stats = dataclasses.replace(
+            self._stats,
+            ranks=ranks,
+            plan_reloads=self._stats.plan_reloads + 1,
+            physical_to_logical_map=plan.placement.physical_to_logical_map,
+        )
 
     def _pending(self) -> bool:
         return bool(

@@ -13,7 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from semantic_ep.plan.schedule import Schedule
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 RecordAction = Literal["start", "stop", "dump"]
@@ -156,6 +161,10 @@ class RequestScheduler(Protocol):
         """A request that was handed over has ended, for whatever reason."""
         ...
 
+    def replan(self, schedule: Schedule) -> None:
+        """Experts have moved: go on with another plan's tables, for as many ranks."""
+        ...
+
     def __len__(self) -> int:
         """Queued requests."""
         ...
@@ -178,6 +187,8 @@ class RankStats:
             another rank of its node) and "network".
         bytes: Payload of dispatch and combine by link tier.
         phase_seconds: "dispatch", "experts", "combine"; they include waiting for other ranks.
+        slot_rows_LS: [L, S] rows that each slot computed under the placement in use; None before
+            the first report of these.
     """
 
     load: RankLoad
@@ -191,6 +202,7 @@ class RankStats:
     rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
     bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     phase_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    slot_rows_LS: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,6 +215,7 @@ class EngineStats:
         steps: Lockstep steps in which some rank had tokens.
         step_seconds: Time of these.
         plan_reloads: Placements taken over since the start.
+        physical_to_logical_map: [L, G * S], the placement in use.
     """
 
     ranks: tuple[RankStats, ...]
@@ -210,6 +223,7 @@ class EngineStats:
     steps: int = 0
     step_seconds: float = 0.0
     plan_reloads: int = 0
+    physical_to_logical_map: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     @property
     def running(self) -> int:
@@ -244,6 +258,17 @@ class EngineStats:
         """Mean over max of the activations that ranks computed, 0..1; 1 is even, 1 before any."""
         computed = [rank.computed_activations for rank in self.ranks]
         return sum(computed) / len(computed) / max(computed) if any(computed) else 1.0
+
+    def expert_load(self, num_experts: int) -> np.ndarray:
+        """[L, E] activations of each expert since the placement in use was taken over."""
+        slot_experts, rows = self.physical_to_logical_map, [r.slot_rows_LS for r in self.ranks]
+        assert slot_experts is not None
+        load = np.zeros((len(slot_experts), num_experts))
+        if all(of_rank is not None for of_rank in rows):
+            for layer, counted in enumerate(np.concatenate(rows, axis=1)):
+                used = slot_experts[layer] >= 0
+                np.add.at(load[layer], slot_experts[layer][used], counted[used])
+        return load
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Payload of dispatch and combine by link tier, over all ranks."""

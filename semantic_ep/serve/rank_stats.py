@@ -34,4 +34,5 @@ def rank_stats(worker: RankWorker) -> RankStats:
         rows=by_tier(counted["rows_dispatch"]),
         bytes=by_tier(counted["bytes_dispatch"] + counted["bytes_combine"]),
         phase_seconds=model.context.timer.seconds(),
+        slot_rows_LS=counted["slot_activations"] - worker.slot_rows_before,
     )

@@ -61,6 +61,7 @@ def take_over(
     """
     start = time.perf_counter()
     worker.model, exchanged = move_experts(worker.model, placement)
+    worker.slot_rows_before = worker.model.dispatcher.stats.slot_activations
     if schedule is not None:
         worker.model.token_slices.predictor = SchedulePredictor(schedule=schedule)
     return {**dataclasses.asdict(exchanged), "seconds": time.perf_counter() - start}

@@ -38,6 +38,7 @@ class RankWorker:
         has_all_requests: Whether a request belongs to every rank (attention-TP), not to one.
         prompt_tokens, new_tokens: Counted since the start.
         recorder: Has what was last recorded, or is being (see `semantic_ep.serve.recording`).
+        slot_rows_before: Rows that each slot had computed when the placement in use was taken over.
 
     Raises:
         ConfigError: The model's exchange was made for smaller steps.
@@ -59,6 +60,7 @@ class RankWorker:
         self.model = model
         self.prompt_tokens = self.new_tokens = 0
         self.recorder: RoutingRecorder | None = None
+        self.slot_rows_before: Any = 0
         self._rank = rank
         self.has_all_requests = model.token_slices is not None
         self._speaks = rank == 0 or not self.has_all_requests

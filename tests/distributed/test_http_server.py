@@ -52,7 +52,8 @@ class Server:
         port, rendezvous = free_port(), free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "semantic_ep.serve.http", "--model", str(model)]
-        command += ["--kv-cache-tokens", "2048", "--max-waiting", "8", "--max-sequences", "8"]
+        command += ["--max-waiting", "8", "--semantic-ep-serve-kv-cache-tokens", "2048"]
+        command += ["--semantic-ep-serve-max-sequences", "8"]
         self.ranks = [
             subprocess.Popen(
                 [*command, "--port", str(port), *more],
@@ -156,7 +157,8 @@ def test_the_openai_client_holds_a_conversation(server):
         ({"prompt": "a", "max_tokens": 513}, 400, "invalid_value"),
         ({"prompt": [10**6]}, 400, "invalid_value"),
         ({"prompt": "a", "temprature": 1}, 400, "invalid_value"),
-        ({"prompt": "a", "logprobs": 1}, 400, "invalid_value"),
+        ({"prompt": "a", "logprobs": 21}, 400, "invalid_value"),
+        ({"prompt": "a", "best_of": 2}, 400, "invalid_value"),
         ({"prompt": "\ud800"}, 400, None),
         ({"prompt": "a", "n": 100}, 400, None),
         ({"prompt": "a", "model": "other"}, 404, "model_not_found"),

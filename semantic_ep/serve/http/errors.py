@@ -27,6 +27,7 @@ _TYPES = {
     429: "rate_limit_error",
     500: "internal_server_error",
     503: "service_unavailable_error",
+    507: "internal_server_error",
 }
 
 
@@ -50,6 +51,13 @@ class ErrorBody(BaseModel):
     """Body of every response that is an error."""
 
     error: ErrorDetail
+
+
+# What every route may answer besides its own body, for the OpenAPI document.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "the request is at fault"},
+    503: {"model": ErrorBody, "description": "the server takes no requests now"},
+}
 
 
 class ApiError(Exception):

@@ -16,7 +16,12 @@ from starlette.types import Receive, Scope, Send
 
 from semantic_ep.serve.http.errors import ApiError
 from semantic_ep.serve.http.schemas import Usage
-from semantic_ep.serve.protocol import EngineRequest, SamplingParams, TokenEvent
+from semantic_ep.serve.protocol import (
+    EngineRequest,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
 
 _T = TypeVar("_T")
 # What web servers write in their logs for a client that went away; nobody receives it.
@@ -73,6 +78,7 @@ class Choice:
     text: str = ""
     new_tokens: int = 0
     finish_reason: str | None = None
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
 
 
 def new_id(prefix: str) -> str:
@@ -104,6 +110,7 @@ async def collect(work: Work, events: AsyncIterator[TokenEvent]) -> list[Choice]
         choice.text += event.text
         choice.new_tokens += len(event.token_ids)
         choice.finish_reason = event.finish_reason
+        choice.logprobs += event.logprobs
     return choices
 
 

@@ -7,14 +7,23 @@ told nothing would take an answer for something it is not. `top_k`, `ignore_eos`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 from semantic_ep.serve.protocol import SamplingParams
 
 MAX_STOPS = 16
 MAX_CHOICES = 128
+MAX_ALTERNATIVES = 20
 
 
 class _Body(BaseModel):
@@ -66,6 +75,11 @@ class _Generation(_Body):
     presence_penalty: Annotated[Finite | None, _only(0)] = None
     logit_bias: Annotated[dict[str, float] | None, _only({})] = None
 
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives to report with each token's log-probability; None: no log-probabilities."""
+        return None
+
     def sampling(self, *, max_tokens: int) -> SamplingParams:
         """What the engine is asked for; OpenAI's defaults."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -78,6 +92,7 @@ class _Generation(_Body):
             stop=stops,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            logprobs=self.alternatives,
         )
 
 
@@ -93,8 +108,15 @@ class CompletionRequest(_Generation):
     max_tokens: PositiveInt | None = Field(None, description="default 16")
     best_of: Annotated[int | None, _only(1)] = None
     echo: Annotated[bool | None, _only(False)] = None
-    logprobs: Annotated[int | None, _only(None)] = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = Field(
+        None, description="alternatives to report with each token's log-probability"
+    )
     suffix: Annotated[str | None, _only("")] = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """See `_Generation`."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -143,9 +165,22 @@ class ChatCompletionRequest(_Generation):
     max_completion_tokens: PositiveInt | None = Field(
         None, description="default: what the model's context leaves"
     )
-    logprobs: Annotated[bool | None, _only(False)] = None
-    top_logprobs: Annotated[int | None, _only(0)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = Field(
+        None, description="alternatives to each token; needs logprobs"
+    )
     response_format: TextFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError('"top_logprobs" needs "logprobs": true')
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """See `_Generation`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 FinishReason = Literal["stop", "length"]
@@ -163,13 +198,22 @@ class Usage(_Response):
     total_tokens: int
 
 
+class CompletionLogprobs(_Response):
+    """Log-probabilities of a text's tokens, in its order."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class CompletionChoice(_Response):
     """A text, or in a stream the next piece of one."""
 
     index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class Completion(_Response):
@@ -181,6 +225,27 @@ class Completion(_Response):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class Alternative(_Response):
+    """A token that the model might have chosen."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprobs(Alternative):
+    """The token that it chose."""
+
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(_Response):
+    """Log-probabilities of an answer's tokens, in its order."""
+
+    content: list[TokenLogprobs]
+    refusal: None = None
 
 
 class AssistantMessage(_Response):
@@ -196,7 +261,7 @@ class ChatChoice(_Response):
     index: int
     message: AssistantMessage
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(_Response):
@@ -223,7 +288,7 @@ class ChatChunkChoice(_Response):
     index: int
     delta: Delta
     finish_reason: FinishReason | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletionChunk(_Response):

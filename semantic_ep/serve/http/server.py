@@ -10,7 +10,8 @@ from types import FrameType
 
 import uvicorn
 
-from semantic_ep.serve.http.app import Front, create_app
+from semantic_ep.serve.http.app import create_app
+from semantic_ep.serve.http.front import Front
 
 logger = logging.getLogger(__name__)
 

@@ -21,15 +21,18 @@ class RankHits:
 
     Attributes:
         table_VG: [V, G] uint8, in units of 1/255.
+        top_k: Experts that a token activates (K).
     """
 
     table_VG: np.ndarray
+    top_k: int
 
     @classmethod
     def from_schedule(cls, schedule: Schedule, *, top_k: int) -> Self:
         """Derive hits from the shares of activations, as if K experts were drawn independently."""
         share = np.clip(schedule.request_affinity.astype(np.float32), 0.0, 1.0)
-        return cls(table_VG=np.round(255 * (1 - (1 - share) ** top_k)).astype(np.uint8))
+        table_VG = np.round(255 * (1 - (1 - share) ** top_k)).astype(np.uint8)
+        return cls(table_VG=table_VG, top_k=top_k)
 
     @property
     def ep_size(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from semantic_ep.plan.schedule import Schedule
 from semantic_ep.serve.protocol import Assignment, EngineRequest, RankLoad
 from semantic_ep.serve.scheduling.affinity import RankHits
 from semantic_ep.serve.scheduling.policies import Candidate, GroupLoad, Policy
@@ -121,6 +122,14 @@ class Scheduler:
         self._kv_G[request.rank] -= request.kv_tokens
         mean = new_tokens if self._mean_new_tokens is None else self._mean_new_tokens
         self._mean_new_tokens = mean + _NEWEST * (new_tokens - mean)
+
+    def replan(self, schedule: Schedule) -> None:
+        """See `RequestScheduler`. A policy that sees no experts goes on without."""
+        if self._hits is None:
+            return
+        self._hits = RankHits.from_schedule(schedule, top_k=self._hits.top_k)
+        for queued in self._queue.values():
+            queued.hits_G = self._hits.of_prompt(queued.request.prompt_token_ids)
 
     def __len__(self) -> int:
         """Queued requests."""
