@@ -36,7 +36,13 @@ EXTRAS = {
         "accelerate>=1.0",
     ],
     "solvers": ["mtkahypar>=1.5"],
-    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "jinja2>=3.1"],
+    "serve": [
+        "fastapi>=0.115",
+        "uvicorn>=0.30",
+        "jinja2>=3.1",
+        "prometheus-client>=0.20",
+        "psutil>=5.9",
+    ],
     "report": ["matplotlib>=3.8", "jinja2>=3.1", "tokenizers>=0.20"],
     "track": ["wandb>=0.31,<0.32", "pillow>=10"],
     "traces": ["pyarrow>=15"],
@@ -47,6 +53,7 @@ EXTRAS["dev"] = [
     "httpx>=0.27",
     "hypothesis>=6.100",
     "import-linter>=2.1",
+    "locust>=2.40",
     "mypy>=1.10",
     # Machine code of the kernels; of use where nvcc is.
     'nvidia-cuda-cuobjdump>=13.2; sys_platform == "linux"',
@@ -56,6 +63,7 @@ EXTRAS["dev"] = [
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
+    "schemathesis>=4.1",
     "twine>=6",
 ]
 

@@ -18,6 +18,7 @@ VERBS = {
     "simulate": "count what a plan makes other routing cost, and whether it is out of date",
     "apply": "write a checkpoint permuted for engines that know no plan, or undo it",
     "export": "write a plan's placement in the file of another serving engine",
+    "serve": "start an OpenAI-compatible server whose experts lie as a plan says",
     "convert": "turn a Hugging Face checkpoint into a Megatron one, or back",
     "report": "draw the report of a run from its measurements",
     "patches": "show the seams into upstream code, and check that they fit what is installed",
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = next((word for word in arguments if not word.startswith("-")), None)
     parser = _parser(only=verb if verb in VERBS else None)
     args = parser.parse_args(arguments)
+    args.arguments = arguments
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.INFO,
         format="%(levelname)s %(name)s: %(message)s",
