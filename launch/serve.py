@@ -43,7 +43,7 @@ from semantic_ep.integrations.deepspeed.inference import init_distributed
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
 from semantic_ep.runtime.collectives import peer_guard
-from semantic_ep.serve.arguments import add_job_arguments
+from semantic_ep.serve.arguments import add_job_arguments, parse_server_arguments
 from semantic_ep.serve.compare import ServingMode, compare_modes
 from semantic_ep.serve.job import (
     expert_groups,
@@ -62,7 +62,9 @@ MODES = ("contiguous", "semantic")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line of a list of prompts."""
+    """Parse the command line: of a list of prompts, or of the server."""
+    if not names_prompts(argv):
+        return parse_server_arguments(argv)
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_job_arguments(parser)
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL with "text" in each row')
@@ -287,11 +289,11 @@ def names_prompts(argv: list[str] | None) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
-    if not names_prompts(argv):
-        from semantic_ep.serve.http.__main__ import main as serve_over_http
-
-        return serve_over_http(argv)
     args = parse_arguments(argv)
+    if not hasattr(args, "prompts"):
+        from semantic_ep.serve.http.__main__ import start
+
+        return start(args)
     logging.basicConfig(level=logging.WARNING)
     try:
         return run(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from semantic_ep.config import add_arguments
@@ -51,6 +52,16 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         help="switches on routes that record routing profiles into this directory, and that take "
         "over plans in it",
     )
+
+
+def parse_server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of one rank of the server."""
+    parser = argparse.ArgumentParser(
+        prog="deepspeed --module semantic_ep.serve.http",
+        description="One rank of an OpenAI-compatible server; rank 0 listens.",
+    )
+    add_server_arguments(parser)
+    return parser.parse_args(argv)
 
 
 def positive(text: str) -> int:

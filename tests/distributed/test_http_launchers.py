@@ -1,6 +1,8 @@
 """Servers as users start them: through `semantic-ep serve` and through the deepspeed launcher."""
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from tests.distributed.http_server import arguments, is_ready, save_byte_model, 
 from tests.distributed.test_serve_launch import free_port
 
 REPO = Path(__file__).parents[2]
-SLOW = {"model": "tiny", "prompt": "a", "max_tokens": 400, "ignore_eos": True}
+SLOW = {"model": "tiny", "prompt": "a", "max_tokens": 480, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +91,32 @@ def launched(model):
         one.end()
 
 
-def kill_a_rank_under_load(server):
-    """Kill rank 1 while requests are under way; returns what their clients were told."""
+@contextlib.contextmanager
+def clients_being_served(server, count):
+    """Long requests, which the engine is working on; their answers are there in the end."""
     answers = []
 
     def ask():
         answers.append(httpx.post(f"{server.url}/v1/completions", json=SLOW, timeout=120))
 
-    clients = [threading.Thread(target=ask) for _ in range(4)]
+    def all_running():
+        told = httpx.get(f"{server.url}/metrics").text
+        (running,) = re.findall(r"^semantic_ep:num_requests_running\{.*\} (.*)$", told, re.M)
+        return float(running) == count
+
+    clients = [threading.Thread(target=ask) for _ in range(count)]
     for client in clients:
         client.start()
-    time.sleep(0.5)
-    server.rank(1).kill()
+    wait_until(all_running, said=server.log.read_text)
+    yield answers
     for client in clients:
         client.join(120)
+
+
+def kill_a_rank_under_load(server):
+    """Kill rank 1 while requests are under way; returns what their clients were told."""
+    with clients_being_served(server, 4) as answers:
+        server.rank(1).kill()
     return [(answer.status_code, answer.json()["error"]["message"]) for answer in answers]
 
 
@@ -117,16 +131,8 @@ def test_the_group_is_started_again_after_a_lost_rank_and_drains_at_sigterm(laun
     server.wait_until_ready()
     assert httpx.post(f"{server.url}/v1/completions", json=SLOW, timeout=120).status_code == 200
 
-    late = []
-    client = threading.Thread(
-        target=lambda: late.append(
-            httpx.post(f"{server.url}/v1/completions", json=SLOW, timeout=120)
-        )
-    )
-    client.start()
-    time.sleep(0.3)
-    server.process.send_signal(signal.SIGTERM)
-    client.join(120)
+    with clients_being_served(server, 1) as late:
+        server.process.send_signal(signal.SIGTERM)
     assert late[0].status_code == 200
     assert server.process.wait(60) == 0
 

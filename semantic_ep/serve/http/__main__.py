@@ -20,7 +20,7 @@ from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import SemanticEPError
 from semantic_ep.integrations.deepspeed.inference import init_distributed
 from semantic_ep.observe.profile import RoutingProfile
-from semantic_ep.serve.arguments import add_server_arguments
+from semantic_ep.serve.arguments import parse_server_arguments
 from semantic_ep.serve.engine import SemanticInferenceEngine
 from semantic_ep.serve.http.auth import read_api_keys
 from semantic_ep.serve.http.front import Front, HttpSettings
@@ -35,15 +35,6 @@ from semantic_ep.serve.job import (
 )
 from semantic_ep.serve.scheduling.of_server import server_scheduler
 from semantic_ep.serve.start import serve_group
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="deepspeed --module semantic_ep.serve.http", description=__doc__
-    )
-    add_server_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -123,9 +114,8 @@ def _front_of(
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def start(args: argparse.Namespace) -> int:
     """Run one rank; returns its exit code."""
-    args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Launchers signal every rank. Rank 0 drains and then ends the others.
     for sig in (signal.SIGTERM, signal.SIGINT) if int(os.environ.get("RANK", "0")) else ():
@@ -141,4 +131,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(parse_server_arguments()))

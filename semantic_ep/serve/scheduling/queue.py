@@ -138,11 +138,13 @@ class Scheduler:
     def _load(self, ranks: Sequence[RankLoad]) -> GroupLoad:
         if self._kv_total_G is None:  # It never changes.
             self._kv_total_G = np.array([rank.kv_tokens_total for rank in ranks])
-        pending = [rank.pending_tokens for rank in ranks]
-        sequences = [rank.running + rank.waiting for rank in ranks]
+        work_2G = np.empty((2, len(ranks)))
+        # Faster than an array of lists: this runs once a decision.
+        work_2G[0] = [rank.pending_tokens for rank in ranks]
+        work_2G[1] = self._kv_G
         return GroupLoad(
-            work_2G=np.array((pending, self._kv_G), dtype=np.float64),
-            sequences_G=np.array(sequences),
+            work_2G=work_2G,
+            sequences_G=np.array([rank.running + rank.waiting for rank in ranks]),
             kv_total_G=self._kv_total_G,
         )
 

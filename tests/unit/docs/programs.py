@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from semantic_ep.config import add_arguments
+from semantic_ep.serve.arguments import parse_server_arguments
 from tests.launch_scripts import load_script
 from tests.unit.docs.pages import ROOT, Command
 
@@ -34,8 +35,8 @@ VALUES = {
     **{"--config": f"{RUN}/model/config.json", "--to": "sglang"},
     **{"--world-size": "16", "--expert-parallel": "4", "--nodes": "2", "--ep-size": "4"},
 }
-# Verbs of `semantic-ep` that need what no sandbox has: a Megatron checkpoint.
-ONLY_PARSED = ("convert",)
+# Verbs of `semantic-ep` that need what no sandbox has, a Megatron checkpoint, or that do not end.
+ONLY_PARSED = ("convert", "serve")
 # Flags of Megatron-LM's own scripts, which are not installed.
 UPSTREAM = ("--dist-ckpt-optim-fully-reshardable",)
 # Launchers of several processes: what they start is parsed by its own parser.
@@ -164,9 +165,8 @@ def torchrun(words: Sequence[str], sandbox: Path) -> str:
 
 def _started(target: str, arguments: Sequence[str]) -> str:
     if target == "semantic_ep.serve.http":
-        module = importlib.import_module("semantic_ep.serve.http.__main__")
         with _quiet_parser(["semantic_ep.serve.http", *arguments]):
-            module.parse_arguments(filled(arguments, Path("new")))
+            parse_server_arguments(filled(arguments, Path("new")))
         return "parsed"
     if target == "train.py":  # The reader's own script: its flags are not ours.
         return "parsed"
@@ -208,13 +208,19 @@ def curl(words: Sequence[str], sandbox: Path) -> str:
     from semantic_ep.serve.http import schemas
 
     path = words[1].partition("/")[2]
-    if f'"/{path}"' not in (ROOT / "semantic_ep/serve/http/app.py").read_text():
+    routes = "".join(file.read_text() for file in (ROOT / "semantic_ep/serve/http").glob("*.py"))
+    if f'"/{path}"' not in routes:
         raise RefusedError(f"the server has no route /{path}")
-    if "-d" in words:
+    if "-d" in words and path.startswith("v1/"):
         chat = path.startswith("v1/chat")
         schema = schemas.ChatCompletionRequest if chat else schemas.CompletionRequest
         schema.model_validate(json.loads(words[words.index("-d") + 1]))
     return "parsed"
+
+
+def locust(words: Sequence[str], sandbox: Path) -> str:
+    """The file of tasks exists."""
+    return _files(words[words.index("-f") + 1 :][:1])
 
 
 def shell(words: Sequence[str], sandbox: Path) -> str:
@@ -271,6 +277,7 @@ PROGRAMS = {
     "bash": bash,
     "pip": pip,
     "curl": curl,
+    "locust": locust,
     **dict.fromkeys(("cp", "mv", "ln", "export"), shell),
     **dict.fromkeys(("source", "pre-commit"), environment),
 }

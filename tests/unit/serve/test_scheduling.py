@@ -126,7 +126,7 @@ def test_long_prompts_are_sampled_close_to_their_mean():
     hits = RankHits.from_schedule(schedule(rng.dirichlet(np.ones(8), size=500)), top_k=2)
     ids = rng.integers(500, size=SAMPLED_TOKENS * 9)
     exact = hits.table_VG[ids].mean(axis=0) / 255
-    assert np.abs(hits.of_prompt(ids.tolist()) - exact).max() < 0.03
+    assert np.abs(hits.of_prompt(ids.tolist()) - exact).max() < 0.05
 
 
 def test_unknown_token_ids_tell_nothing():
@@ -161,6 +161,15 @@ def test_cancelled_requests_leave_the_queue_and_finished_ones_free_their_room():
     assert queue.remove("c")
     assert not queue.remove("c")
     assert len(queue) == 0
+
+
+def test_after_another_plan_requests_go_where_experts_are_now_those_queued_too():
+    queue = scheduler("semantic", ep_size=2)
+    queue.add(request("queued", [0] * 50), now=0.0)
+    queue.replan(schedule([[0.1, 0.7], [0.7, 0.1]]))
+    assert [a.rank for a in queue.assign(idle(2), now=0.0)] == [1]
+    queue.add(request("new", [1] * 50), now=0.0)
+    assert [a.rank for a in queue.assign(idle(2), now=0.0)] == [0]
 
 
 @pytest.mark.parametrize(
