@@ -1,6 +1,7 @@
 """Run every theme, each in a process of its own: `python -m benchmarks.run all`.
 
-Themes that need recordings read them below --data, and are skipped, with the reason, without it.
+Themes that need recordings read them below --data, those that need a trained model below --run;
+what is missing, or what this machine cannot do, is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from benchmarks.registry import theme_module, themes
 SUMMARY = "Every theme, each in a process of its own."
 _V2 = "{data}/traces/deepseek_v2_lite_chat.npz"
 _OSS = "{data}/traces/gpt_oss_20b.npz"
+# Themes whose own --quick serves a model of its own.
+_QUICK_ALONE = ("serve", "slow_links")
 # Theme -> flags that it needs, and flags for a quick look. A theme that is not here needs none.
 _FLAGS = {
-    "lookahead": (["--run", "runs/quickstart"], ["--max-tokens", "32"]),
+    "lookahead": (["--run", "{run}"], ["--max-tokens", "32"]),
+    "serve": (["--run", "{run}"], []),
+    "slow_links": (["--run", "{run}"], []),
     "plan": (["--trace", _V2, "--trace", _OSS], ["--ep", "4", "--seeds", "1", "--methods", "eplb"]),
     "plan_bounds": (["--trace", _OSS], ["--ep", "4"]),
     "plan_scale": (["--trace", _V2], ["--layers", "1", "--vocab", "8000", "--ep", "8"]),
@@ -33,6 +38,10 @@ _FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `all`."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="holds traces/, serving/, ...")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/quickstart"), metavar="DIR",
+        help="output of launch/quickstart.sh (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR",
         help="gets <theme>_<hardware>_<yyyymm>.json, .md and .png",
@@ -50,9 +59,9 @@ def run_all(args: argparse.Namespace) -> int:
     """Run theme after theme; returns 0 if none failed, else 1."""
     failed = 0
     for theme in args.only or themes():
-        needs = command(theme, quick=args.quick, data=args.data)
-        if needs is None:
-            print(f"{theme}: skipped, needs --data")
+        needs = command(theme, quick=args.quick, data=args.data, run=args.run)
+        if isinstance(needs, str):
+            print(f"{theme}: skipped, {needs}")
             continue
         unavailable = getattr(theme_module(theme), "unavailable", None)
         if unavailable is not None and (reason := unavailable()) is not None:
@@ -70,12 +79,16 @@ def run_all(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def command(theme: str, *, quick: bool, data: Path | None) -> list[str] | None:
-    """Arguments of `benchmarks.run` for a theme; None if it needs data that is not given."""
+def command(theme: str, *, quick: bool, data: Path | None, run: Path) -> list[str] | str:
+    """Arguments of `benchmarks.run` for a theme; or why it has none, as a text."""
     needed, small = _FLAGS.get(theme, ([], []))
-    if needed and data is None:
-        return None
-    arguments = [theme, *(word.format(data=data) for word in needed)]
+    if quick and theme in _QUICK_ALONE:
+        needed = []
+    if data is None and any("{data}" in word for word in needed):
+        return "needs --data"
+    if "{run}" in needed and not (run / "model").is_dir():
+        return f"needs --run, and launch/quickstart.sh has left no model in {run}"
+    arguments = [theme, *(word.format(data=data, run=run) for word in needed)]
     if quick:
         arguments += small
         probe = argparse.ArgumentParser()

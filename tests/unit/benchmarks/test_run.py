@@ -89,10 +89,38 @@ def test_a_theme_that_fails_makes_all_fail(tmp_path, capfd):
 def test_every_flag_that_all_passes_exists(tmp_path):
     from benchmarks.run import _parser
 
+    (tmp_path / "model").mkdir()
     for theme in themes():
         for quick in (False, True):
-            arguments = all_themes.command(theme, quick=quick, data=tmp_path)
+            arguments = all_themes.command(theme, quick=quick, data=tmp_path, run=tmp_path)
             assert _parser(theme).parse_args(arguments).theme == theme
+
+
+def test_all_says_what_each_skipped_theme_needs(tmp_path):
+    run = tmp_path / "no-run"
+    whole = {
+        theme: all_themes.command(theme, quick=False, data=None, run=run) for theme in themes()
+    }
+    without_model = f"needs --run, and launch/quickstart.sh has left no model in {run}"
+    assert {theme for theme, needs in whole.items() if needs == without_model} == {
+        "lookahead", "serve", "slow_links",
+    }  # fmt: skip
+    assert whole["plan"] == "needs --data"
+    assert whole["apply"] == ["apply"]
+    quick = all_themes.command("slow_links", quick=True, data=None, run=run)
+    assert quick == ["slow_links", "--quick"]
+    (run / "model").mkdir(parents=True)
+    whole = all_themes.command("serve", quick=False, data=None, run=run)
+    assert whole == ["serve", "--run", str(run)]
+
+
+def test_all_skips_a_theme_that_this_machine_cannot_run_with_its_reason(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr("benchmarks.bench_slow_links.why_not", lambda: "no rights here")
+    assert main(["all", "--quick", "--output", str(tmp_path), "--only", "slow_links"]) == 0
+    assert "slow_links: skipped, no rights here" in capfd.readouterr().out
+    assert not list(tmp_path.glob("slow_links*"))
 
 
 def test_a_tracked_result_reads_back_from_an_offline_run_with_tables_chart_and_artefact(
