@@ -162,9 +162,10 @@ class NGramPredictor:
 
     def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
         """See `Predictor.rank_scores`."""
-        by_token = self.table.rank_scores(context, placement)
+        held_EG = placement.expert_on_rank[context.layer].astype(np.float32)
+        by_token = self.table.expert_scores(context) @ held_EG
         if context.layer < LOOK_BACK:
-            return by_token
+            return np.asarray(by_token)
         history = devices(context.history, placement)[:, context.layer - LOOK_BACK :]
         by_history = self.share[context.layer][tuple(history.T)]
         by_token = by_token / np.maximum(by_token.sum(axis=1, keepdims=True), 1e-9)

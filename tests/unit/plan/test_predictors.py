@@ -87,9 +87,23 @@ def test_unknown_and_unseen_ids_fall_back_to_popularity():
     context = dataclasses.replace(
         context_of(trace, 0, np.arange(3)), token_id=np.array([-1, 79, 500])
     )
-    scores = TablePredictor(profile=profile).rank_scores(context, CONTIGUOUS)
-    load = profile.load[0].reshape(4, -1).sum(axis=1)
+    scores = TablePredictor(profile=profile).expert_scores(context)
+    load = profile.load[0]
     np.testing.assert_allclose(scores, np.tile(2 * load / load.sum(), (3, 1)), rtol=1e-5)
+
+
+def test_a_rank_is_worth_its_expected_activations_and_the_copy_that_any_of_them_saves():
+    trace = planted_trace(seed=6, requests=20)
+    table = TablePredictor(profile=RoutingProfile.from_trace(trace, vocab_size=64))
+    context = context_of(trace, 1, np.arange(5))
+    chance = table.expert_scores(context).reshape(5, 4, 4)
+    expected = chance.sum(axis=2) + 2 * (1 - np.prod(1 - chance, axis=2))
+    scores = table.rank_scores(context, CONTIGUOUS)
+    np.testing.assert_allclose(
+        scores - scores.mean(axis=1, keepdims=True),
+        expected - expected.mean(axis=1, keepdims=True),
+        atol=1e-5,
+    )
 
 
 def test_a_handful_of_tokens_gets_the_plain_table():
