@@ -6,7 +6,11 @@ For each trace and EP size, on the evaluated requests and under the same equal s
 * oracle homes: the same placement, home ranks chosen knowing the true routes. No predictor can do
   better on this placement;
 * oracle placement and homes: the placement too is planned on the evaluated requests and their true
-  routes. The search is heuristic, so this is what is known to be possible, not a proof.
+  routes. The search is heuristic, so this is what is known to be possible, not a proof;
+* oracle placement for copies (tokens alone): as before, planned for the fewest ranks that tokens
+  touch and for nothing else.
+
+Expert load is kept to what the plan is allowed on all levels.
 """
 
 from __future__ import annotations
@@ -85,21 +89,19 @@ def _levels(
         policy = dataclasses.replace(policy, evidence=evidence)
     placement = policy.place(profile, ep_size=ep_size, seed=seed)
     home = home_ranks(evaluated, placement, profile, policy.mode, predictor=predictor)
-    knowing = dataclasses.replace(
-        policy, evidence=Evidence(trace=evaluated, predictor=KnownRoutes(trace=evaluated))
-    )
-    best = knowing.place(
-        RoutingProfile.from_trace(evaluated, vocab_size=vocab), ep_size=ep_size, seed=seed
-    )
-    levels = {
-        "reached": (placement, home),
-        "oracle homes": (placement, oracle_home_ranks(placement, evaluated, mode)),
-        "oracle placement and homes": (best, oracle_home_ranks(best, evaluated, mode)),
-    }
-    return [
-        {"level": name, **evaluate(where, evaluated, homes).mean()}
-        for name, (where, homes) in levels.items()
-    ]
+    known = RoutingProfile.from_trace(evaluated, vocab_size=vocab)
+    where = {"oracle homes": placement}
+    oracles = {"oracle placement and homes": KnownRoutes(trace=evaluated)}
+    if policy.mode == "tokens":
+        oracles["oracle placement for copies"] = KnownRoutes(trace=evaluated, homes_count=False)
+    for name, oracle in oracles.items():
+        evidence = Evidence(trace=evaluated, predictor=oracle)
+        knowing = dataclasses.replace(policy, evidence=evidence)
+        where[name] = knowing.place(known, ep_size=ep_size, seed=seed)
+    levels = {"reached": evaluate(placement, evaluated, home)}
+    for name, place in where.items():
+        levels[name] = evaluate(place, evaluated, oracle_home_ranks(place, evaluated, mode))
+    return [{"level": name, **cost.mean()} for name, cost in levels.items()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,11 +110,15 @@ class KnownRoutes:
 
     Attributes:
         trace: The trace.
+        homes_count: False hides the routes from the choice of homes, so that a placement is planned
+            for the ranks that tokens touch alone.
     """
 
     trace: RoutingTrace
+    homes_count: bool = True
 
     def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
         """[T, E] float32, 1 for the experts that tokens activate."""
         assert trace is self.trace
-        return multihot(trace.experts[rows, layer], trace.fingerprint.num_experts)
+        hot = multihot(trace.experts[rows, layer], trace.fingerprint.num_experts)
+        return hot if self.homes_count else np.zeros_like(hot)
