@@ -21,21 +21,16 @@ from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.bounds import oracle_home_ranks
 from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.history_predictors import NGramPredictor
 from semantic_ep.plan.placement import Placement
-from semantic_ep.plan.predictors import (
-    Context,
-    Predictor,
-    RidgePredictor,
-    TablePredictor,
-    choose_predictor,
-)
+from semantic_ep.plan.predictor_choice import choose_predictor
+from semantic_ep.plan.predictors import Context, Predictor, RidgePredictor, TablePredictor
 from semantic_ep.plan.samples import Evidence
 from semantic_ep.plan.slices import BATCH_TOKENS, natural_slices
 from semantic_ep.plan.solver import SemanticPolicy
 from semantic_ep.plan.verdict import home_ranks
 
 RIDGE_DEPTH = 2
-LOOK_BACK = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,62 +133,6 @@ class SeenAhead:
             self.scores[:, context.layer] @ placement.expert_on_rank[context.layer]
         )
         return on_ranks
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NGramPredictor:
-    """The published rule: token table, or the devices of the last layers where they are surer.
-
-    arXiv 2503.04398: `dev = where(Tp > Ap, T[token], A[device history])`, two layers back. Here
-    a token's device in a layer is the rank with most of its experts.
-
-    Attributes:
-        table: Of the profile.
-        share: [L, G, ..., G, G] expected share of activations on each rank after a history.
-    """
-
-    table: TablePredictor
-    share: np.ndarray
-
-    @property
-    def name(self) -> str:
-        """Name in tables."""
-        return "n-gram of devices and token table"
-
-    def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
-        """See `Predictor.rank_scores`."""
-        held_EG = placement.expert_on_rank[context.layer].astype(np.float32)
-        by_token = self.table.expert_scores(context) @ held_EG
-        if context.layer < LOOK_BACK:
-            return np.asarray(by_token)
-        history = devices(context.history, placement)[:, context.layer - LOOK_BACK :]
-        by_history = self.share[context.layer][tuple(history.T)]
-        by_token = by_token / np.maximum(by_token.sum(axis=1, keepdims=True), 1e-9)
-        surer = by_token.max(axis=1) > by_history.max(axis=1)
-        return np.where(surer[:, None], by_token, by_history)
-
-    @classmethod
-    def fit(
-        cls, trace: RoutingTrace, table: TablePredictor, placement: Placement
-    ) -> NGramPredictor:
-        """Count the histories of a trace."""
-        layers, ranks = placement.num_layers, placement.ep_size
-        device_NL = devices(trace.experts, placement)
-        share = np.zeros((layers, *[ranks] * (LOOK_BACK + 1)))
-        for layer in range(LOOK_BACK, layers):
-            hits_NG = placement.expert_on_rank[layer][trace.experts[:, layer]].sum(axis=1)
-            history = tuple(device_NL[:, layer - LOOK_BACK : layer].T)
-            # A history seen rarely is taken for one that says nothing.
-            share[layer] = hits_NG.mean(axis=0)
-            np.add.at(share[layer], history, hits_NG)
-        return cls(table=table, share=share / np.maximum(share.sum(axis=-1, keepdims=True), 1e-9))
-
-
-def devices(experts_NlK: np.ndarray, placement: Placement) -> np.ndarray:
-    """[N, l] rank with most of a token's experts, in the first l layers."""
-    layers = range(experts_NlK.shape[1])
-    hits = [placement.expert_on_rank[layer][experts_NlK[:, layer]].sum(axis=1) for layer in layers]
-    return np.stack(hits, axis=1).argmax(axis=2)
 
 
 def recall(ahead_NLE: np.ndarray, experts_NLK: np.ndarray) -> float:

@@ -28,7 +28,8 @@ from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.bounds import oracle_home_ranks
 from semantic_ep.plan.cost import evaluate
-from semantic_ep.plan.predictors import choose_predictor, multihot
+from semantic_ep.plan.predictor_choice import choose_predictor
+from semantic_ep.plan.predictors import multihot
 from semantic_ep.plan.samples import Evidence
 from semantic_ep.plan.slices import BATCH_TOKENS
 from semantic_ep.plan.solver import SemanticPolicy

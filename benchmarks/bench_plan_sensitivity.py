@@ -259,7 +259,7 @@ class _Runner:
             ("schedule alone", plain, planned.predictor),
             ("both", planned.placement, planned.predictor),
         ]
-        predictors = self.study.predictors(self._profiled(STANDARD), DEPTHS)
+        predictors = self.study.predictors(self._profiled(STANDARD), planned.placement, DEPTHS)
         cases += [(name, planned.placement, one) for name, one in predictors.items()]
         cases.append(("true routes", planned.placement, "true routes"))
         for slots in self.args.redundant_slots:

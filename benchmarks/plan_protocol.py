@@ -11,7 +11,7 @@ from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import PlacementPolicy
-from semantic_ep.plan.predictors import RidgePredictor, TablePredictor, choose_predictor
+from semantic_ep.plan.predictor_choice import ExpertPredictor, choose_predictor
 from semantic_ep.plan.samples import Evidence
 from semantic_ep.plan.slices import BATCH_TOKENS
 from semantic_ep.plan.solver import Mode, SemanticPolicy
@@ -32,7 +32,7 @@ class Learned:
 
     trace: RoutingTrace
     profile: RoutingProfile
-    predictor: TablePredictor | RidgePredictor | None
+    predictor: ExpertPredictor | None
     seconds: float
 
 

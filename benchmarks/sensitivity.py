@@ -14,6 +14,7 @@ from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.bounds import oracle_home_ranks
 from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.history_predictors import NGramPredictor, PairPredictor
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.predictors import Predictor, RidgePredictor, TablePredictor, context_of
 from semantic_ep.plan.samples import Evidence
@@ -93,10 +94,21 @@ class Study:
         """Fit a predictor for the chosen layers."""
         return RidgePredictor.fit(trace, profile, depth=depth, layers=self.layers)
 
-    def predictors(self, trace: RoutingTrace, depths: Sequence[int]) -> dict[str, Predictor]:
-        """Every predictor by name."""
+    def predictors(
+        self, trace: RoutingTrace, placement: Placement, depths: Sequence[int]
+    ) -> dict[str, Predictor]:
+        """Every predictor by name; one of them counts devices of a placement."""
         profile = self._profile(trace)
-        found: dict[str, Predictor] = {"token table": TablePredictor(profile=profile)}
+        table = TablePredictor(profile=profile)
+        everywhere = self._in_all_layers(placement, trace.fingerprint.num_layers)
+        found: dict[str, Predictor] = {
+            one.name: one
+            for one in (
+                table,
+                PairPredictor.fit(trace, profile, layers=self.layers),
+                NGramPredictor.fit(trace, table, everywhere),
+            )
+        }
         for depth in depths:
             name = f"ridge, {depth} previous layers" if depth else "ridge, token table alone"
             found[name] = self.ridge(trace, profile, depth=depth)

@@ -30,7 +30,6 @@ from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.perceptron import Perceptron
 from semantic_ep.plan.placement import Placement
-from semantic_ep.plan.slices import slices_in_batches
 
 # Occurrences' worth of popularity mixed into each table row; the ridge corrects the rest.
 _PRIOR_OCCURRENCES = 1.0
@@ -54,11 +53,14 @@ class Context:
         layer: The layer.
         token_id: [T] int, -1 where unknown.
         history: [T, layer, K] int, experts used in all earlier layers.
+        previous_id: [T] int, the token before in the same request, -1 where there is none or it is
+            unknown; None where nobody kept it.
     """
 
     layer: int
     token_id: np.ndarray
     history: np.ndarray
+    previous_id: np.ndarray | None = None
 
 
 class Predictor(Protocol):
@@ -105,16 +107,16 @@ class TablePredictor:
 
     def expert_scores(self, context: Context) -> np.ndarray:
         """[T, E] float32, expected activations."""
-        table, _ = _table_rows(self.profile, context.layer, context.token_id)
+        table, _ = table_rows(self.profile, context.layer, context.token_id)
         return table
 
     def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
         """See `Predictor.rank_scores`."""
-        return _on_ranks(self.expert_scores(context), placement, context.layer)
+        return on_ranks(self.expert_scores(context), placement, context.layer)
 
     def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
         """See `TrainingScores.training_scores`."""
-        return _left_out_rows(self.profile, trace, layer, rows)[0]
+        return left_out_rows(self.profile, trace, layer, rows)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ class RidgePredictor:
     def expert_scores(self, context: Context) -> np.ndarray:
         """[T, E] float32, expected activations."""
         layer = context.layer
-        table, count = _table_rows(self.profile, layer, context.token_id)
+        table, count = table_rows(self.profile, layer, context.token_id)
         scores = self._linear(context, table, count)
         if layer in self.correction:
             used = _history(context.history, layer, min(self.depth, layer), scores.shape[1])
@@ -156,12 +158,12 @@ class RidgePredictor:
 
     def rank_scores(self, context: Context, placement: Placement) -> np.ndarray:
         """See `Predictor.rank_scores`."""
-        return _on_ranks(self.expert_scores(context), placement, context.layer)
+        return on_ranks(self.expert_scores(context), placement, context.layer)
 
     def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
         """See `TrainingScores.training_scores`: linear, as the correction knows these tokens."""
         context = context_of(trace, layer, rows)
-        table, count = _left_out_rows(self.profile, trace, layer, rows)
+        table, count = left_out_rows(self.profile, trace, layer, rows)
         return self._linear(context, table, count)
 
     def _linear(self, context: Context, table: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -201,7 +203,7 @@ class RidgePredictor:
         history_weight = np.zeros((all_layers, depth, experts, experts), dtype=np.float32)
         correction = {}
         for layer in range(all_layers) if layers is None else layers:
-            table, count = _left_out_rows(profile, trace, layer, rows)
+            table, count = left_out_rows(profile, trace, layer, rows)
             back = min(depth, layer)
             used = _history(trace.experts[rows, :layer], layer, back, experts)
             target = multihot(trace.experts[rows, layer], experts)
@@ -219,54 +221,22 @@ class RidgePredictor:
         )
 
 
-def choose_predictor(
-    trace: RoutingTrace, profile: RoutingProfile, *, ep_size: int, batch: int, seed: int = 0
-) -> TablePredictor | RidgePredictor:
-    """Fit the predictor that keeps most activations local on requests left out of the fit.
-
-    A quarter of the requests judges candidates fitted on the rest, under contiguous placement, so
-    that the choice does not depend on the placement it will serve. The winner is then fitted on
-    all of them.
-
-    Args:
-        trace: The profile's part of the trace; other requests are not looked at.
-        profile: `RoutingProfile.from_trace` of it.
-        ep_size: EP ranks (G).
-        batch: Tokens in a batch.
-        seed: Seed of the split.
-    """
-    table = TablePredictor(profile=profile)
-    if trace.num_requests < 8 or trace.num_tokens < 4 * batch:
-        return table
-    fitted_on, judged_on = trace.split(0.75, seed=seed)
-    part = RoutingProfile.from_trace(fitted_on, vocab_size=profile.vocab_size, max_sequences=0)
-    fingerprint = profile.fingerprint
-    placement = Placement.contiguous(
-        num_layers=fingerprint.num_layers, num_experts=fingerprint.num_experts, ep_size=ep_size
-    )
-    layers = np.unique(np.linspace(0, fingerprint.num_layers - 1, 4).astype(int))
-    candidates: list[TablePredictor | RidgePredictor] = [TablePredictor(profile=part)]
-    candidates += [
-        RidgePredictor.fit(fitted_on, part, depth=depth, layers=layers.tolist()) for depth in DEPTHS
-    ]
-    candidates.append(
-        RidgePredictor.fit(
-            fitted_on, part, depth=max(DEPTHS), layers=layers.tolist(), corrected=True
-        )
-    )
-    rates = [
-        np.mean([_held_out_rate(one, judged_on, placement, layer, batch) for layer in layers])
-        for one in candidates
-    ]
-    best = candidates[int(np.argmax(rates))]
-    if isinstance(best, TablePredictor):
-        return table
-    return RidgePredictor.fit(trace, profile, depth=best.depth, corrected=bool(best.correction))
-
-
 def context_of(trace: RoutingTrace, layer: int, rows: np.ndarray | slice = slice(None)) -> Context:
     """Return what is known of a trace's tokens when they reach a layer."""
-    return Context(layer=layer, token_id=trace.token_id[rows], history=trace.experts[rows, :layer])
+    return Context(
+        layer=layer,
+        token_id=trace.token_id[rows],
+        history=trace.experts[rows, :layer],
+        previous_id=previous_ids(trace)[rows],
+    )
+
+
+def previous_ids(trace: RoutingTrace) -> np.ndarray:
+    """[N] int32, id of the token before each token in its request; -1 for the first."""
+    previous = np.concatenate([[-1], trace.token_id[:-1]]).astype(np.int32)
+    starts = trace.offsets[:-1]
+    previous[starts[starts < trace.num_tokens]] = -1
+    return previous[: trace.num_tokens]
 
 
 def multihot(expert_TK: np.ndarray, num_experts: int) -> np.ndarray:
@@ -276,15 +246,7 @@ def multihot(expert_TK: np.ndarray, num_experts: int) -> np.ndarray:
     return hot
 
 
-def _held_out_rate(
-    predictor: Predictor, trace: RoutingTrace, placement: Placement, layer: int, batch: int
-) -> float:
-    scores = predictor.rank_scores(context_of(trace, layer), placement)
-    home = slices_in_batches(scores, batch=batch)
-    return float((placement.rank_of_expert[layer][trace.experts[:, layer]] == home[:, None]).mean())
-
-
-def _on_ranks(scores_TE: np.ndarray, placement: Placement, layer: int) -> np.ndarray:
+def on_ranks(scores_TE: np.ndarray, placement: Placement, layer: int) -> np.ndarray:
     """[T, G] expected activations on each rank, and the chance of any: the first saves a copy."""
     held_EG = placement.expert_on_rank[layer].astype(np.float32)
     absent_TE = np.log1p(-np.clip(scores_TE, 0, 0.999))
@@ -350,7 +312,7 @@ def _token_features(table: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.hstack([table, table * trust, trust, np.ones_like(trust)]).astype(np.float32)
 
 
-def _table_rows(
+def table_rows(
     profile: RoutingProfile, layer: int, token_id: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """[T, E] expected activations by token id, and [T] occurrences of the id in the profile."""
@@ -361,10 +323,10 @@ def _table_rows(
     return _shrunk(profile, layer, rows)
 
 
-def _left_out_rows(
+def left_out_rows(
     profile: RoutingProfile, trace: RoutingTrace, layer: int, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`_table_rows`, as if each occurrence had not been counted."""
+    """`table_rows`, as if each occurrence had not been counted."""
     token_id = trace.token_id[rows]
     experts = profile.fingerprint.num_experts
     ids = np.where(token_id >= 0, token_id, 0)

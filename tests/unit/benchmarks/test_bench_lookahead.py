@@ -1,14 +1,9 @@
 import argparse
 
-import numpy as np
 import pytest
 
-from benchmarks.bench_lookahead import LOOK_BACK, NGramPredictor, add_arguments, run
+from benchmarks.bench_lookahead import add_arguments, run
 from semantic_ep.errors import ConfigError
-from semantic_ep.observe.profile import RoutingProfile
-from semantic_ep.observe.traces import RoutingTrace
-from semantic_ep.plan.placement import Placement
-from semantic_ep.plan.predictors import TablePredictor, context_of
 
 
 def arguments(*argv):
@@ -32,30 +27,3 @@ def test_where_attention_adds_nothing_the_look_ahead_sees_every_route(quickstart
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no model.*launch/quickstart.sh"):
         run(arguments("--run", tmp_path))
-
-
-def test_the_n_gram_follows_devices_where_token_ids_say_nothing():
-    draw = np.random.default_rng(1)
-    # The rank of layer 2 is that of layer 1; token ids are noise.
-    tokens, side = 400, draw.integers(0, 2, 400)
-    experts = np.stack([draw.integers(0, 4, tokens), side * 2, side * 2 + 1], axis=1)[..., None]
-    from semantic_ep.artifacts import ModelFingerprint
-
-    trace = RoutingTrace(
-        fingerprint=ModelFingerprint(
-            architecture="x",
-            layer_ids=(0, 1, 2),
-            num_experts=4,
-            top_k=1,
-            router_sha256="",
-            tokenizer_sha256="",
-        ),
-        experts=experts.astype(np.uint8),
-        offsets=np.array([0, tokens]),
-        token_id=draw.integers(0, 3, tokens).astype(np.int32),
-    )
-    placement = Placement.contiguous(num_layers=3, num_experts=4, ep_size=2)
-    table = TablePredictor(profile=RoutingProfile.from_trace(trace, vocab_size=3))
-    predictor = NGramPredictor.fit(trace, table, placement)
-    scores = predictor.rank_scores(context_of(trace, LOOK_BACK), placement)
-    assert (scores.argmax(axis=1) == side).all()

@@ -7,13 +7,8 @@ import numpy as np
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.placement import Placement
-from semantic_ep.plan.predictors import (
-    RidgePredictor,
-    TablePredictor,
-    choose_predictor,
-    context_of,
-    multihot,
-)
+from semantic_ep.plan.predictor_choice import choose_predictor
+from semantic_ep.plan.predictors import RidgePredictor, TablePredictor, context_of, multihot
 from tests.unit.plan.synthetic import planted_trace
 
 CONTIGUOUS = Placement.contiguous(num_layers=2, num_experts=16, ep_size=4)

@@ -14,7 +14,7 @@ from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.load_budget import LoadBudget
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import policies
-from semantic_ep.plan.predictors import choose_predictor
+from semantic_ep.plan.predictor_choice import choose_predictor
 from semantic_ep.plan.samples import Evidence, sample_layer
 from semantic_ep.plan.search import SwapSearch, saving_by_pairs
 from semantic_ep.plan.slices import equal_slices
