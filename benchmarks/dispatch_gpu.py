@@ -140,16 +140,17 @@ def _measure(
     times = time_replays(steps, args.repeats, args.warm_up, graphs=args.launch == "graph")
     virtual.finish()
     traffic = _traffic(slot, ranks, hidden)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     return [
         {
             "ranks": ranks,
             "tokens": tokens,
             "step": name,
-            "median_us": statistics.median(seconds) * 1e6,
+            "median_us": medians[name] * 1e6,
             "p20_us": float(np.percentile(seconds, 20)) * 1e6,
             "p80_us": float(np.percentile(seconds, 80)) * 1e6,
             "n": len(seconds),
-            **_rates(name, statistics.median(seconds), traffic, ranks, copy_rate),
+            **_rates(name, medians, traffic, ranks, copy_rate),
         }
         for name, seconds in times.items()
     ]
@@ -211,20 +212,26 @@ def _traffic(slot: list[Tensor], ranks: int, hidden: int) -> dict[str, int]:
 
 
 def _rates(
-    step: str, seconds: float, traffic: dict[str, int], ranks: int, copy_rate: float
+    step: str, medians: dict[str, float], traffic: dict[str, int], ranks: int, copy_rate: float
 ) -> dict[str, float | None]:
-    """Wire and logical GB/s of one rank, and the share of the device's copy rate."""
+    """Wire and logical GB/s of one rank, and time against the limits and torch's way.
+
+    Two limits: the device's copy rate for the bytes moved, and as many empty kernels.
+    """
     # dispatch: read x, write remote copies; read copies, write rows. combine: the way back.
     moved = {
         "dispatch": traffic["tokens"] + traffic["remote"] + traffic["copies"] + traffic["routes"],
         "combine": traffic["routes"] + 2 * traffic["copies"] + traffic["tokens"],
     }.get(step)
+    seconds = medians[step]
     if moved is None:
-        return {"wire_gb_s": None, "logical_gb_s": None, "of_copy": None}
+        return dict.fromkeys(("wire_gb_s", "logical_gb_s", "of_copy", "over_floor", "over_torch"))
     return {
         "wire_gb_s": traffic["remote"] / ranks / seconds / 1e9,
         "logical_gb_s": traffic["copies"] / ranks / seconds / 1e9,
         "of_copy": moved / seconds / copy_rate,
+        "over_floor": seconds / medians[f"launch floor {step}"],
+        "over_torch": medians[f"torch {step}"] / seconds,
     }
 
 
@@ -239,6 +246,8 @@ def _summary(rows: Sequence[Row]) -> list[Row]:
             "wire GB/s": row["wire_gb_s"],
             "logical GB/s": row["logical_gb_s"],
             "% of copy": None if row["of_copy"] is None else 100 * row["of_copy"],
+            "x launch floor": row["over_floor"],
+            "faster than torch": row["over_torch"],
         }
         for row in rows
     ]

@@ -514,3 +514,26 @@ def test_a_killed_rank_is_an_error_for_the_others_at_once():
     waited = run_ranks(_survive, 3, "killed", dying=[1])
     assert waited[0] < 10
     assert waited[2] < 10
+
+
+def _dies_while_its_rows_are_awaited(rank, ranks):
+    def die(*args, **options):
+        if options.get("async_op"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain_send(*args, **options)
+
+    plain_send = dist.all_to_all_single
+    dispatcher = create_dispatcher("torch", group=dist.group.WORLD, slots_per_rank=2)
+    inputs = torch.ones(4, 8), torch.tensor([[0, 2]] * 4), torch.ones(4, 2)
+    fatal = mock.patch.object(dist, "all_to_all_single", die)
+    with fatal if rank == 1 else contextlib.nullcontext():
+        dispatched = dispatcher.dispatch(*inputs, overlap="on")
+    assert len(dispatched.rows_RD) == 4, "own rows need no peer"
+    started = time.monotonic()
+    with pytest.raises(PeerFailureError, match="all-to-all of dispatch failed on rank 0 of 2"):
+        dispatched.travelling.wait()
+    assert time.monotonic() - started < 30
+
+
+def test_a_rank_killed_before_its_rows_arrive_is_an_error_of_the_wait():
+    run_ranks(_dies_while_its_rows_are_awaited, 2, dying=[1])

@@ -123,3 +123,21 @@ def test_an_nvcc_compiles_for_what_it_knows(tmp_path):
     old.write_text("#!/bin/sh\necho compute_50\n")
     with pytest.raises(OSError, match="none of sm_80, sm_90, sm_100"):
         build.known_architectures(old)
+
+
+def test_nvcc_is_sought_in_cuda_home_then_on_the_path_then_in_wheels(tmp_path, monkeypatch):
+    places = ["home/bin", "path", "site/nvidia/cu13/bin"]
+    for place in places:
+        tool = tmp_path / place / "nvcc"
+        tool.parent.mkdir(parents=True)
+        tool.write_text("#!/bin/sh\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
+    monkeypatch.setattr(sys, "path", [])
+    for place in places:
+        assert build.find_nvcc() == tmp_path / place / "nvcc"
+        (tmp_path / place / "nvcc").unlink()
+    assert build.find_nvcc() is None

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import weakref
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ class KernelExchange:
             scale_stride=heap.scale_stride,
             partial_stride=heap.partial_stride,
             **self._offsets,
-            **self._addresses(fields),
+            **self.addresses(fields),
         )
 
     def shuffle_arguments(self, **fields: Tensor | int | None) -> abi.Shuffle:
@@ -143,7 +144,7 @@ class KernelExchange:
             group=self.endpoint.group,
             row_stride=heap.row_stride,
             **self._offsets,
-            **self._addresses(fields),
+            **self.addresses(fields),
         )
 
     def after_queueing(self) -> None:
@@ -163,7 +164,8 @@ class KernelExchange:
             self._kept.clear()
         self.endpoint.raise_failure()
 
-    def _addresses(self, fields: dict[str, Tensor | int | None]) -> dict[str, int | None]:
+    def addresses(self, fields: Mapping[str, Tensor | int | None]) -> dict[str, int | None]:
+        """Arguments of kernels; tensors live until these have run."""
         if self._deferred and isinstance(self.library, abi.EmulatorLibrary):
             self._kept.append(fields)  # a GPU's allocator knows streams; memory here does not
         return {

@@ -100,8 +100,9 @@ def _dispatch(
     row_scales = x.new_empty(0) if scales is None else scales.new_empty(max_rows, scales.shape[1])
     row_weight = weight.new_empty(max_rows)
     arguments.max_rows = max_rows
-    arguments.rows, arguments.row_weight = rows.data_ptr(), row_weight.data_ptr()
-    arguments.row_scales = row_scales.data_ptr()
+    targets = {"rows": rows, "row_weight": row_weight, "row_scales": row_scales}
+    for name, address in owner.addresses(targets).items():
+        setattr(arguments, name, address)
     owner.endpoint.queue_expand(arguments)
     owner.after_queueing()
     return (

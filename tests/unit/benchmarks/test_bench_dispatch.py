@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import dispatch_gpu
 from benchmarks.base import ROOT
 from benchmarks.run import main
 from benchmarks.virtual_ranks import VirtualRanks, check, random_inputs
@@ -17,6 +18,13 @@ from semantic_ep.errors import BackendError
 from semantic_ep.runtime.kernels.exchange import load_library
 
 FLAGS = ["--ranks", "2", "--tokens", "40", "--hidden", "16", "--repeats", "2", "--warm-up", "1"]
+
+
+def load_or_skip():
+    try:
+        load_library("cpu")
+    except BackendError as error:
+        pytest.skip(str(error))
 
 
 def test_the_cpu_half_times_every_variant_in_one_run(tmp_path):
@@ -57,11 +65,36 @@ def test_the_proof_on_a_gpu_fails_where_there_is_none():
     assert "nothing can be proven here" in done.stderr
 
 
+def test_steps_that_a_gpu_times_run_and_are_rated_against_both_limits():
+    load_or_skip()
+    ranks, tokens, hidden = 2, 5, 16
+    cpu = torch.device("cpu")
+    shape = {"slots_per_rank": dispatch_gpu.SLOTS, "topk": dispatch_gpu.TOPK, "hidden": hidden}
+    kind = {"dtype": torch.bfloat16, "device": cpu}
+    inputs = random_inputs(ranks, tokens=tokens, **shape, **kind)
+    virtual = VirtualRanks(num_ranks=ranks, max_tokens=tokens, **shape, **kind)
+    received = virtual.dispatch(*inputs)
+    virtual.finish()
+    y = [here.rows_RD.clone() for here in received]
+    steps = dispatch_gpu._steps(virtual, inputs, received, y)
+    for step in steps.values():
+        step()
+        virtual.finish()
+    # Every token goes to both ranks: 10 rows in, 10 to the other rank, 20 copies, 80 rows out.
+    slot = [torch.cat([s[:, :4] % 32, 32 + s[:, 4:] % 32], 1) for s in inputs[1]]
+    traffic = dispatch_gpu._traffic(slot, ranks, hidden)
+    assert traffic == {"tokens": 320, "copies": 640, "remote": 320, "routes": 2560}
+    medians = dict.fromkeys(steps, 2e-6) | {"launch floor dispatch": 1e-6, "torch dispatch": 5e-6}
+    rates = dispatch_gpu._rates("dispatch", medians, traffic, ranks, copy_rate=3840e6)
+    assert rates["of_copy"] == pytest.approx(0.5)
+    assert (rates["over_floor"], rates["over_torch"]) == pytest.approx((2, 2.5))
+    assert rates["wire_gb_s"] == pytest.approx(320 / 2 / 2e-6 / 1e9)
+    floor = dispatch_gpu._rates("launch floor dispatch", medians, traffic, ranks, 1e9)
+    assert set(floor.values()) == {None}
+
+
 def test_kernels_and_torch_give_virtual_ranks_the_same_rows_and_sums():
-    try:
-        load_library("cpu")
-    except BackendError as error:
-        pytest.skip(str(error))
+    load_or_skip()
     shape = {"slots_per_rank": 4, "topk": 3, "hidden": 24}
     kind = {"dtype": torch.float32, "device": torch.device("cpu")}
     x, slot, weight = random_inputs(3, tokens=11, **shape, **kind)
