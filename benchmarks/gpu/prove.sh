@@ -43,7 +43,7 @@ memcheck() {
   local tool
   tool=$(sanitizer) || { echo "compute-sanitizer is not installed: memory was not checked"; return 1; }
   "$tool" --tool memcheck --error-exitcode 66 \
-    $python -m pytest -q -rs tests/kernels/test_virtual_ranks.py -k "cuda and small"
+    $python -m pytest -q -rs tests/kernels/test_emulated.py -k "cuda and one_at_a_time"
 }
 bandwidth() { # bandwidth LAUNCH
   $python -m benchmarks.run dispatch --device cuda --launch "$1" \

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -21,6 +25,46 @@ class GpuLibrary(abi.CudaLibrary):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+
+class OneAtATime:
+    """Mixed into a library: runs a kernel of every rank, one after the other, then the next.
+
+    No kernel waits for one that is launched later, so this also works under tools that run one
+    kernel at a time, as memory checkers may.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._noted: dict[int, list[Callable[[], None]]] = {}
+
+    def _note(self, launch: abi.Launch, run: Callable[[], None]) -> None:
+        self._noted.setdefault(launch.stream, []).append(run)
+
+    def launch_moe(self, kernel: str, arguments: abi.Moe, launch: abi.Launch) -> None:
+        self._note(launch, partial(super().launch_moe, kernel, arguments, launch))
+
+    def launch_send(self, arguments: abi.Moe, launch: abi.Launch, *, with_routes: bool) -> None:
+        run = partial(super().launch_send, arguments, launch, with_routes=with_routes)
+        self._note(launch, run)
+
+    def launch_shuffle(self, kernel: str, arguments: abi.Shuffle, launch: abi.Launch) -> None:
+        self._note(launch, partial(super().launch_shuffle, kernel, arguments, launch))
+
+    def synchronize(self) -> None:
+        for kernels in zip(*self._noted.values(), strict=True):
+            for run in kernels:
+                run()
+                super().synchronize()
+        self._noted.clear()
+
+
+class GpuOneAtATime(OneAtATime, GpuLibrary):
+    pass
+
+
+class EmulatorOneAtATime(OneAtATime, abi.EmulatorLibrary):
+    pass
 
 
 class DeviceMemory:

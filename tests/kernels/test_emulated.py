@@ -81,6 +81,15 @@ def test_sixty_four_ranks_shuffle(emulator):
     run_shuffle(emulator, ShuffleCase(ranks=64, num_rows=130, hidden=9, iterations=1))
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_kernels_are_right_one_at_a_time_as_memory_checkers_run_them(serial_platform, dtype):
+    shape = {"tokens": (9, 0, 14), "topk": 4, "dtype": dtype, "blocks": 3}
+    for hidden in (24, 7):
+        serial_platform.run(run_moe, MoeCase(hidden=hidden, scale_bytes=4, **shape))
+        shuffle = ShuffleCase(ranks=3, num_rows=14, hidden=hidden, dtype=dtype)
+        serial_platform.run(run_shuffle, shuffle)
+
+
 @pytest.mark.parametrize("hidden", [32, 20, 6, 7])
 def test_rows_of_bytes_travel_with_their_scales_at_any_width(platform, hidden):
     case = MoeCase(tokens=(9, 4, 6), hidden=hidden, quantised=True, scale_bytes=4, topk=4)
