@@ -120,19 +120,14 @@ class SemanticExperts(nn.Module):
         slot_TK = remap(self.slot_table_E, index_TK)
         with self.context.timer.phase("experts"):
             out_TD = self.local(hidden_TD, slot_TK, weights_TK)
-        tokens, row_bytes = len(hidden_TD), hidden_TD.shape[1] * hidden_TD.element_size()
-        self.dispatcher.stats.record_dispatch(
+        slots = self.dispatcher.slots_per_rank
+        self.dispatcher.stats.record_alone(
             self.layer,
-            tokens=tokens,
-            activations=[slot_TK.numel()],
-            rows=[tokens],
-            row_bytes=row_bytes,
-            metadata_bytes=[0],
-            tokens_per_slot=torch.bincount(
-                slot_TK.flatten(), minlength=self.dispatcher.slots_per_rank
-            ),
+            tokens=len(hidden_TD),
+            activations=slot_TK.numel(),
+            row_bytes=hidden_TD.shape[1] * hidden_TD.element_size(),
+            tokens_per_slot=torch.bincount(slot_TK.flatten(), minlength=slots),
         )
-        self.dispatcher.stats.record_combine(self.layer, rows=[tokens], row_bytes=row_bytes)
         return out_TD
 
     def run_idle(self) -> None:

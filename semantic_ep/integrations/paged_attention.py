@@ -7,14 +7,18 @@ sequences and returns those of every sequence, gathered. The attention function,
 transformers, then runs group by group: sequences with about as many queries and keys are padded
 to a rectangle. Models that expand latent keys after the cache (DeepSeek) work unchanged.
 
+On a CPU, copying keys and values costs more than attending to them: there, sequences whose blocks
+follow each other read them where they are, one by one.
+
 Shapes: T new tokens, N gathered cache positions, H query heads, J key/value heads, D head size,
-B sequences of a group, Q queries of each, P positions of each.
+B sequences of a group, Q queries of each, P positions of each, S positions of the cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +44,11 @@ class Chunk:
     count: int
     blocks: Sequence[int]
 
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether the blocks follow each other."""
+        return all(b - a == 1 for a, b in itertools.pairwise(self.blocks))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Group:
@@ -47,10 +56,12 @@ class _Group:
 
     Attributes:
         tokens: Range of T.
-        positions: Range of N, B * P long.
+        positions: Range of N, B * P long; of S if the group reads in place.
         query_BQ: int64, index of each query in the range of tokens; padding repeats the last.
         kept: int64, indices of real queries in the flattened B * Q; None if all are.
         position_BQ: int64, position of each query in its sequence.
+        in_place: Whether it is one sequence that reads the cache where it is.
+        from_start: Whether it is the whole of one sequence, from its first token.
         biases: Additive masks by window, made on first use.
     """
 
@@ -59,6 +70,8 @@ class _Group:
     query_BQ: Tensor
     kept: Tensor | None
     position_BQ: Tensor
+    in_place: bool = False
+    from_start: bool = False
     biases: dict[int | None, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
@@ -90,6 +103,9 @@ class PackedBatch:
         block_N: int64, blocks to gather, group by group.
         last_C: int64, index in the row of the last token of each chunk, in the order given.
         groups: See there.
+        decoding: Range of S of each sequence with one token that reads the cache where it is,
+            rising; these tokens are the last of the row.
+        pools: [J, S, D] and [J, S, D'] by layer for who reads in place, set by the cache.
     """
 
     order: list[int]
@@ -98,18 +114,34 @@ class PackedBatch:
     block_N: Tensor
     last_C: Tensor
     groups: list[_Group]
+    decoding: list[tuple[int, int]]
+    pools: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def build(
-        cls, chunks: Sequence[Chunk], *, block_size: int, device: torch.device
+        cls,
+        chunks: Sequence[Chunk],
+        *,
+        block_size: int,
+        device: torch.device,
+        in_place: bool = False,
     ) -> PackedBatch:
-        """Group chunks by size and lay them out."""
-        order = sorted(
-            range(len(chunks)), key=lambda c: (chunks[c].count, chunks[c].start, -c), reverse=True
-        )
+        """Group chunks by size and lay them out.
+
+        Args:
+            chunks: New tokens of sequences, each of another sequence.
+            block_size: Positions of a block.
+            device: Of the model.
+            in_place: Whether sequences may read the cache where it is.
+        """
+        alone = {c for c, chunk in enumerate(chunks) if in_place and chunk.in_one_piece}
+        ones = sorted((c for c in alone if chunks[c].count == 1), key=lambda c: chunks[c].blocks[0])
+        others = set(range(len(chunks))).difference(ones)
+        order = sorted(others, key=lambda c: (chunks[c].count, chunks[c].start, -c), reverse=True)
         position, slot, gathered, last = [], [], [], [0] * len(chunks)
-        groups = []
-        for members in _grouped(order, chunks):
+        groups, ranges = [], []
+        for members in _grouped(order, chunks, alone):
+            own = members[0] in alone
             first_token, first_block = len(position), len(gathered)
             width = max(len(chunks[c].blocks) for c in members)
             queries = max(chunks[c].count for c in members)
@@ -120,7 +152,7 @@ class PackedBatch:
                 slot += [chunk.blocks[p // block_size] * block_size + p % block_size for p in mine]
                 position += mine
                 # Blocks past the end are never visible; any valid block will do.
-                gathered += [*chunk.blocks, *[0] * (width - len(chunk.blocks))]
+                gathered += [] if own else [*chunk.blocks, *[0] * (width - len(chunk.blocks))]
                 padding = queries - chunk.count
                 rows.append(
                     [*range(offset, offset + chunk.count)]
@@ -129,37 +161,56 @@ class PackedBatch:
                 positions.append([*mine] + [mine[-1]] * padding)
                 kept += range(number * queries, number * queries + chunk.count)
                 last[c] = len(position) - 1
+            begin, end = first_block * block_size, len(gathered) * block_size
+            if own:
+                begin = chunks[members[0]].blocks[0] * block_size
+                end = begin + position[-1] + 1
             groups.append(
                 _Group(
                     tokens=(first_token, len(position)),
-                    positions=(first_block * block_size, len(gathered) * block_size),
+                    positions=(begin, end),
                     query_BQ=torch.tensor(rows, device=device),
                     kept=None
                     if len(kept) == len(members) * queries
                     else torch.tensor(kept, device=device),
                     position_BQ=torch.tensor(positions, device=device),
+                    in_place=own,
+                    from_start=own and positions[0][0] == 0,
                 )
             )
+        for c in ones:
+            begin = chunks[c].blocks[0] * block_size
+            ranges.append((begin, begin + chunks[c].start + 1))
+            last[c] = len(position)
+            position.append(chunks[c].start)
+            slot.append(begin + chunks[c].start)
         return cls(
-            order=order,
+            order=[*order, *ones],
             position_T=torch.tensor(position, device=device),
             slot_T=torch.tensor(slot, device=device),
-            block_N=torch.tensor(gathered, device=device),
+            block_N=torch.tensor(gathered, dtype=torch.int64, device=device),
             last_C=torch.tensor(last, device=device),
             groups=groups,
+            decoding=ranges,
         )
 
 
-def _grouped(order: Sequence[int], chunks: Sequence[Chunk]) -> list[list[int]]:
+def _grouped(
+    order: Sequence[int], chunks: Sequence[Chunk], alone: Collection[int]
+) -> list[list[int]]:
     """Split an order by falling size where padding would waste too much.
 
-    Decoding sequences (one query) stay apart from chunks of prompts.
+    Decoding sequences (one query) stay apart from chunks of prompts, and some are to be alone.
     """
     groups: list[list[int]] = []
     content, width, queries = 0.0, 0, 0
     for c in order:
         count, blocks = chunks[c].count, len(chunks[c].blocks)
-        if groups and (count == 1) == (queries == 1):
+        if c in alone:
+            groups.append([c])
+            queries = 0
+            continue
+        if queries and (count == 1) == (queries == 1):
             area = (len(groups[-1]) + 1) * queries * max(width, blocks)
             if area <= _PADDING_LIMIT * (content + count * blocks):
                 groups[-1].append(c)
@@ -179,6 +230,9 @@ class PagedKVCache:
     Args:
         num_blocks: Blocks.
         block_size: Positions of a block.
+
+    Attributes:
+        batch: The step that runs.
     """
 
     def __init__(self, *, num_blocks: int, block_size: int) -> None:
@@ -197,16 +251,19 @@ class PagedKVCache:
             self._pools[layer_idx] = tuple(
                 new.new_zeros(new.shape[1], size, new.shape[3]) for new in (key, value)
             )
-        return tuple(
-            self._store_and_gather(pool, new)
-            for pool, new in zip(self._pools[layer_idx], (key, value))
-        )
+        pools = self._pools[layer_idx]
+        self.batch.pools[layer_idx] = pools
+        for pool_JSD, new in zip(pools, (key, value)):
+            pool_JSD.index_copy_(1, self.batch.slot_T, new[0])
+        return tuple(self._gather(pool_JSD) for pool_JSD in pools)
 
-    def _store_and_gather(self, pool_JSD: Tensor, new_1JTD: Tensor) -> Tensor:
-        pool_JSD.index_copy_(1, self.batch.slot_T, new_1JTD[0])
+    def _gather(self, pool_JSD: Tensor) -> Tensor:
+        if not len(self.batch.block_N):
+            return pool_JSD[None, :, :0]
         heads, _, size = pool_JSD.shape
         blocks = pool_JSD.view(heads, self.num_blocks, self.block_size * size)
-        return blocks.index_select(1, self.batch.block_N).view(1, heads, -1, size)
+        gathered = blocks.index_select(1, self.batch.block_N)
+        return gathered.view(1, heads, -1, size)
 
 
 def register_paged_attention() -> None:
@@ -248,10 +305,18 @@ def paged_attention(
     assert attention_mask is None
     window = sliding_window or getattr(module, "sliding_window", None)
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    sources = {False: (key[0], value[0])}
+    if packed_batch.pools:
+        sources[True] = packed_batch.pools[module.layer_idx]
     out = [
-        _attend(group, query[0], key[0], value[0], window, scaling, s_aux)
+        _attend(group, query[0], *sources[group.in_place], window, scaling, s_aux)
         for group in packed_batch.groups
     ]
+    if packed_batch.decoding:
+        query_HTD = query[0, :, -len(packed_batch.decoding) :]
+        out.append(
+            _decode(packed_batch.decoding, query_HTD, *sources[True], window, scaling, s_aux)
+        )
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
@@ -268,6 +333,8 @@ def _attend(
     sequences, queries = group.query_BQ.shape
     heads = len(key_JND)
     shared = len(query_HTD) // heads
+    if group.from_start and sink_H is None and (window is None or window >= queries):
+        return _attend_causally(group, query_HTD, key_JND, value_JND, scaling)
     bias_BQP = group.bias(window, query_HTD.dtype)
     # Query heads that share a key head become further queries: keys are not repeated.
     mine = query_HTD[:, group.tokens[0] : group.tokens[1]]
@@ -291,3 +358,52 @@ def _attend(
     out_BQHD = out.unflatten(2, (shared, queries)).permute(1, 3, 0, 2, 4)
     out_NHD = out_BQHD.reshape(sequences * queries, heads * shared, -1)
     return out_NHD if group.kept is None else out_NHD[group.kept]
+
+
+def _attend_causally(
+    group: _Group, query_HTD: Tensor, key_JSD: Tensor, value_JSD: Tensor, scaling: float
+) -> Tensor:
+    """[Q, H, D'] of a whole sequence: torch needs no mask for it."""
+    tokens, positions = slice(*group.tokens), slice(*group.positions)
+    query_JGQD = query_HTD[:, tokens].unflatten(0, (len(key_JSD), -1))
+    shared = query_JGQD.shape[1]
+    out_JGQD = torch.nn.functional.scaled_dot_product_attention(
+        query_JGQD,
+        key_JSD[:, None, positions].expand(-1, shared, -1, -1),
+        value_JSD[:, None, positions].expand(-1, shared, -1, -1),
+        is_causal=True,
+        scale=scaling,
+    )
+    return out_JGQD.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _decode(
+    ranges: Sequence[tuple[int, int]],
+    query_HTD: Tensor,
+    key_JSD: Tensor,
+    value_JSD: Tensor,
+    window: int | None,
+    scaling: float,
+    sink_H: Tensor | None,
+) -> Tensor:
+    """[T, H, D'] of sequences with one token: everything in their ranges is visible."""
+    heads = len(key_JSD)
+    # Query heads that share a key head become queries of one sequence.
+    query_T1JQD = query_HTD.unflatten(0, (1, heads, -1)).movedim(3, 0)
+    sizes, at = [], 0  # of gaps and ranges in turn
+    for begin, end in ranges:
+        begin = begin if window is None else max(begin, end - window)
+        sizes += [begin - at, end - begin]
+        at = end
+    sizes.append(key_JSD.shape[1] - at)
+    key_T, value_T = (pool[None].split_with_sizes(sizes, 2)[1::2] for pool in (key_JSD, value_JSD))
+    if sink_H is None:
+        attend = torch.nn.functional.scaled_dot_product_attention
+        out = [attend(*one, scale=scaling) for one in zip(query_T1JQD, key_T, value_T)]
+    else:
+        sink_1JQ1 = sink_H.view(1, heads, -1, 1)
+        out = []
+        for query, key, value in zip(query_T1JQD, key_T, value_T):
+            scores = torch.cat([query @ key.transpose(-1, -2) * scaling, sink_1JQ1], dim=-1)
+            out.append(scores.softmax(dim=-1)[..., :-1] @ value)
+    return torch.cat(out).flatten(1, 2)

@@ -102,6 +102,25 @@ class DispatchStats:
         self.bytes_metadata[layer] += metadata_bytes
         self.record_slots(layer, tokens_per_slot)
 
+    def record_alone(
+        self,
+        layer: int,
+        *,
+        tokens: int,
+        activations: int,
+        row_bytes: int,
+        tokens_per_slot: Tensor,
+    ) -> None:
+        """Add one pass of a group of one rank, which sends every row to itself and back."""
+        # Elements, not rows: numpy takes longer for a list than a small layer does.
+        self.tokens[layer] += tokens
+        self.activations[layer, 0] += activations
+        self.rows_dispatch[layer, 0] += tokens
+        self.rows_combine[layer, 0] += tokens
+        self.bytes_dispatch[layer, 0] += tokens * row_bytes
+        self.bytes_combine[layer, 0] += tokens * row_bytes
+        self.record_slots(layer, tokens_per_slot)
+
     def record_slots(self, layer: int, tokens_per_slot: Tensor) -> None:
         """Add rows of local slots; `record_dispatch` does, but for rows that come later."""
         # Stays on the device: a copy to the host for every layer would stall a GPU.

@@ -69,7 +69,10 @@ class Batcher:
             self._waiting.popleft()
             self._running.append(sequence)
             count = min(sequence.pending, budget)
-            self.pool.grow(sequence.blocks, len(sequence.tokens))
+            share = self.pool.capacity // self._max_sequences
+            self.pool.grow(
+                sequence.blocks, len(sequence.tokens), expected=min(sequence.longest, share)
+            )
             step[sequence] = count
             budget -= count
         return list(step.items())

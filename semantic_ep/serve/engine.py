@@ -29,6 +29,8 @@ from semantic_ep.serve.protocol import EngineRequest, SamplingParams
 from semantic_ep.serve.requests import check_request
 from semantic_ep.serve.worker import RankWorker
 
+_STEP_TOKENS = 4096
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
@@ -139,7 +141,10 @@ class SemanticInferenceEngine:
         for request in requests:
             check_request(request, max_sequence_tokens=limit)
         worker = self.worker(
-            kv_cache_tokens=_cache_for(requests, max_batch_size), max_sequences=max_batch_size
+            kv_cache_tokens=_cache_for(requests, max_batch_size),
+            max_sequences=max_batch_size,
+            # Nobody waits for the first token of another: long prefills are the fewest steps.
+            max_step_tokens=self.model.dispatcher.max_tokens or _STEP_TOKENS,
         )
         for request in requests:
             worker.add(request)

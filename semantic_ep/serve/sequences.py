@@ -41,6 +41,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def longest(self) -> int:
+        """Tokens that the prompt and all that may be generated come to."""
+        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
+
+    @property
     def num_new(self) -> int:
         """Tokens generated."""
         return len(self.tokens) - len(self.request.prompt_token_ids)

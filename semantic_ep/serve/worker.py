@@ -65,6 +65,11 @@ class RankWorker:
         self.has_all_requests = model.token_slices is not None
         self._speaks = rank == 0 or not self.has_all_requests
         self._tokenizer = tokenizer
+        # Latent keys (DeepSeek) are expanded by the model after the cache has gathered them; on a
+        # GPU one launch for all sequences is worth a copy.
+        config = model.module.config.get_text_config()
+        latent = getattr(config, "kv_lora_rank", None) is not None
+        self._in_place = model.context.timer.device.type == "cpu" and not latent
         pool = BlockPool(num_blocks=kv_cache_tokens // block_size, block_size=block_size)
         self.batcher = Batcher(pool, max_sequences=max_sequences, max_step_tokens=step_tokens)
         self.cache = PagedKVCache(num_blocks=pool.num_blocks, block_size=block_size)
@@ -101,6 +106,7 @@ class RankWorker:
             [self._chunk(sequence, count) for sequence, count in work],
             block_size=self.cache.block_size,
             device=device,
+            in_place=self._in_place,
         )
         self.cache.batch = batch
         ids = [

@@ -37,7 +37,8 @@ def check_blocks(subject, alive):
     held = [block for member in alive for block in member.blocks]
     assert len(set(held)) == len(held)
     assert len(held) + subject.pool.num_free == BLOCKS
-    assert set(held).isdisjoint(subject.pool._free)
+    assert not subject.pool._free[held].any()
+    assert subject.pool._free.sum() == subject.pool.num_free
 
 
 @settings(deadline=None, max_examples=60)
