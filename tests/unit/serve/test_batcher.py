@@ -79,6 +79,32 @@ def test_every_request_ends_and_no_block_is_lost_or_given_twice(data):
     assert subject.load().kv_tokens_used == 0
 
 
+def test_blocks_of_sequences_that_grow_together_follow_each_other():
+    pool = BlockPool(num_blocks=BLOCKS, block_size=BLOCK)
+    held = {name: [] for name in "abc"}
+    for tokens in range(1, FITS // 3 + 1):
+        for blocks in held.values():
+            assert pool.grow(blocks, tokens, expected=FITS // 3)
+    starts = sorted(blocks[0] for blocks in held.values())
+    assert starts == [0, BLOCKS // 3, 2 * BLOCKS // 3]
+    assert all(blocks == list(range(blocks[0], blocks[0] + 4)) for blocks in held.values())
+    assert not pool.grow([], 1)
+
+
+def test_a_block_that_somebody_expects_to_need_is_given_to_who_needs_it_now():
+    pool = BlockPool(num_blocks=BLOCKS, block_size=BLOCK)
+    first, second = [], []
+    assert pool.grow(first, BLOCK, expected=FITS)
+    assert pool.grow(second, FITS - BLOCK)
+    assert pool.num_free == 0
+    assert sorted([*first, *second]) == list(range(BLOCKS))
+    pool.release(first)
+    pool.release(second)
+    assert pool.num_free == BLOCKS
+    assert not pool._expected.any()
+    assert not pool._ends
+
+
 def test_decoding_goes_on_while_a_long_prompt_comes_in_chunks():
     subject = batcher()
     subject.add(sequence("short", 2, 20))
