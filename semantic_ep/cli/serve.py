@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop; the exit code of the ranks, 0 if they were told to stop."""
+    _check_installed()
     ranks = _num_ranks(args)
     supervisor = Supervisor(ranks, _of_the_server(args.arguments))
     for sig in (signal.SIGTERM, signal.SIGINT):
@@ -145,6 +146,23 @@ def _of_the_server(arguments: Sequence[str]) -> list[str]:
     rest = own.parse_known_args(list(arguments))[1]
     rest.remove("serve")
     return rest
+
+
+def _check_installed() -> None:
+    """Raise `ConfigError` if a package of the extras is missing, before ranks are started."""
+    from importlib.util import find_spec
+
+    from semantic_ep.errors import ConfigError, explain
+
+    needed = ("deepspeed", "transformers", "fastapi", "uvicorn", "prometheus_client", "psutil")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            explain(
+                f"the server needs packages that are not installed: {', '.join(missing)}",
+                do="pip install 'semantic_ep[deepspeed,serve]'",
+            )
+        )
 
 
 def _num_ranks(args: argparse.Namespace) -> int:

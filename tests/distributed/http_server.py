@@ -48,7 +48,7 @@ def is_ready(url):
         return False
 
 
-def wait_until(true, *, seconds=120, alive=lambda: True, said=lambda: ""):
+def wait_until(true, *, seconds=300, alive=lambda: True, said=lambda: ""):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, said()

@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
+# Of more than 8 blocks every other one ends a stretch, of more than 16 every fourth, and so on: a
+# long prompt then has few stretches, those of several blocks at most a quarter of what is before.
+_FINE_BLOCKS = 8
+_ROUND_BLOCKS = tuple(
+    number << shift
+    for shift in range(20)
+    for number in range(1 if shift == 0 else _FINE_BLOCKS // 2 + 1, _FINE_BLOCKS + 1)
+)
+# Tokens of a stretch that its key is made of. Prompts that differ in others alone are taken for
+# equal, which costs the time to compute what was thought to be cached, and nothing else.
+_SAMPLED_TOKENS = 16
 
-def block_keys(token_ids: Sequence[int], block_size: int) -> list[int]:
-    """Keys of a prompt's whole blocks; a key stands for its block and all before it.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Beginnings of a prompt, each one longer.
+
+    Attributes:
+        keys: Each stands for everything up to its end.
+        ends: Tokens up to there.
+    """
+
+    keys: Sequence[int] = ()
+    ends: Sequence[int] = ()
+
+
+def blocks_of(token_ids: Sequence[int], block_size: int) -> Prefix:
+    """Every whole block of a prompt, as a rank caches them.
 
     The last token is left out: it must be computed for the first new token to follow from it.
     """
+    ends = range(block_size, len(token_ids), block_size)
     keys, key = [], 0
-    for start in range(0, len(token_ids) - block_size, block_size):
-        key = hash((key, tuple(token_ids[start : start + block_size])))
+    for end in ends:
+        key = hash((key, tuple(token_ids[end - block_size : end])))
         keys.append(key)
-    return keys
+    return Prefix(keys=keys, ends=ends)
+
+
+def stretches_of(token_ids: Sequence[int], block_size: int) -> Prefix:
+    """Stretches of whole blocks, for a quick estimate of what a rank has cached."""
+    count = bisect_right(_ROUND_BLOCKS, (len(token_ids) - 1) // block_size)
+    ends = [number * block_size for number in _ROUND_BLOCKS[:count]]
+    keys, key, start = [], 0, 0
+    for end in ends:
+        step = -(-(end - start) // _SAMPLED_TOKENS)
+        key = hash((key, tuple(token_ids[start:end:step])))
+        keys.append(key)
+        start = end
+    return Prefix(keys=keys, ends=ends)
 
 
 class PrefixIndex:
-    """Blocks that ranks have cached, each rank dropping what it has not used for longest.
+    """Beginnings that ranks have cached, each rank dropping what it has not used for longest.
 
     Args:
         ep_size: Number of EP ranks (G).
@@ -31,37 +72,43 @@ class PrefixIndex:
 
     def __init__(self, *, ep_size: int, block_size: int, tokens_per_rank: int) -> None:
         self.block_size = block_size
-        self._blocks_per_rank = tokens_per_rank // block_size
-        self._ranks: dict[int, int] = {}  # block -> ranks that have it, as bits
-        self._blocks: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(ep_size)]
+        self._tokens_per_rank = tokens_per_rank
+        self._ranks: dict[int, int] = {}  # key -> ranks that have it, as bits
+        # Of each rank: key -> tokens that it adds to the key before it.
+        self._cached: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(ep_size)]
+        self._total = [0] * ep_size
 
-    def cached_tokens(self, keys: Sequence[int]) -> np.ndarray:
-        """[G] int64, leading tokens that each rank has; `keys` are those of `block_keys`."""
-        cached = np.zeros(len(self._blocks), dtype=np.int64)
-        having = -1
-        for number, key in enumerate(keys):
+    def cached_tokens(self, prefix: Prefix) -> np.ndarray:
+        """[G] int64, leading tokens that each rank has."""
+        cached = np.zeros(len(self._cached), dtype=np.int64)
+        having, before = -1, 0
+        for key, end in zip(prefix.keys, prefix.ends):
             still = having & self._ranks.get(key, 0)
-            if number and still != having:
-                self._set(cached, having & ~still, number * self.block_size)
-            having = still
+            if before and still != having:
+                self._set(cached, having & ~still, before)
+            having, before = still, end
             if not having:
                 return cached
-        if keys:
-            self._set(cached, having, len(keys) * self.block_size)
+        if before:
+            self._set(cached, having, before)
         return cached
 
-    def insert(self, keys: Sequence[int], rank: int) -> None:
-        """Note that a rank has these blocks, used just now."""
-        blocks, bit = self._blocks[rank], 1 << rank
-        # From the end, so that a prefix outlives what follows it.
-        for key in reversed(keys):
-            if key in blocks:
-                blocks.move_to_end(key)
+    def insert(self, prefix: Prefix, rank: int) -> None:
+        """Note that a rank has these, used just now."""
+        cached, bit = self._cached[rank], 1 << rank
+        # From the end, so that a beginning outlives what follows it.
+        for number in range(len(prefix.keys) - 1, -1, -1):
+            key = prefix.keys[number]
+            if key in cached:
+                cached.move_to_end(key)
             else:
-                blocks[key] = None
+                tokens = prefix.ends[number] - (prefix.ends[number - 1] if number else 0)
+                cached[key] = tokens
+                self._total[rank] += tokens
                 self._ranks[key] = self._ranks.get(key, 0) | bit
-        while len(blocks) > self._blocks_per_rank:
-            key, _ = blocks.popitem(last=False)
+        while self._total[rank] > self._tokens_per_rank:
+            key, tokens = cached.popitem(last=False)
+            self._total[rank] -= tokens
             self._ranks[key] &= ~bit
             if not self._ranks[key]:
                 del self._ranks[key]

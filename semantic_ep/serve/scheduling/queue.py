@@ -11,10 +11,11 @@ from semantic_ep.plan.schedule import Schedule
 from semantic_ep.serve.protocol import Assignment, EngineRequest, RankLoad
 from semantic_ep.serve.scheduling.affinity import RankHits
 from semantic_ep.serve.scheduling.policies import Candidate, GroupLoad, Policy
-from semantic_ep.serve.scheduling.prefix import PrefixIndex, block_keys
+from semantic_ep.serve.scheduling.prefix import Prefix, PrefixIndex, stretches_of
 
 # Weight of the latest request in the mean of generated tokens.
 _NEWEST = 0.05
+_NO_PREFIX = Prefix()
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -22,7 +23,7 @@ class _Queued:
     request: EngineRequest
     since: float
     hits_G: np.ndarray | None
-    prefix: list[int]
+    prefix: Prefix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,9 @@ class Scheduler:
             request=request,
             since=now,
             hits_G=None if self._hits is None else self._hits.of_prompt(ids),
-            prefix=[] if self._prefixes is None else block_keys(ids, self._prefixes.block_size),
+            prefix=_NO_PREFIX
+            if self._prefixes is None
+            else stretches_of(ids, self._prefixes.block_size),
         )
 
     def remove(self, request_id: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from semantic_ep.plan.cost import link_seconds
 from semantic_ep.serve.protocol import EngineRequest, RequestScheduler
 from semantic_ep.serve.scheduling.cost import ServingCost
-from semantic_ep.serve.scheduling.prefix import PrefixIndex, block_keys
+from semantic_ep.serve.scheduling.prefix import Prefix, PrefixIndex, blocks_of
 from semantic_ep.serve.simulation.ranks import Job, SimulatedRank
 from semantic_ep.serve.simulation.routing import RequestRouting
 
@@ -124,15 +124,15 @@ class _Simulation:
             for _ in range(cost.ep_size)
         ]
         self.prefixes = None
-        self.keys: list[list[int]] = [[] for _ in arrivals]
+        self.beginnings: list[Prefix] = []
         if limits.prefix_tokens:
             self.prefixes = PrefixIndex(
                 ep_size=cost.ep_size,
                 block_size=limits.prefix_block_size,
                 tokens_per_rank=limits.prefix_tokens,
             )
-            self.keys = [
-                block_keys(a.request.prompt_token_ids, limits.prefix_block_size) for a in arrivals
+            self.beginnings = [
+                blocks_of(a.request.prompt_token_ids, limits.prefix_block_size) for a in arrivals
             ]
         self.index_of = {a.request.id: index for index, a in enumerate(arrivals)}
         requests = len(arrivals)
@@ -182,7 +182,7 @@ class _Simulation:
 
     def _look_up_prefix(self, job: Job, rank: int) -> None:
         if self.prefixes is not None:
-            cached = int(self.prefixes.cached_tokens(self.keys[job.index])[rank])
+            cached = int(self.prefixes.cached_tokens(self.beginnings[job.index])[rank])
             self.cached[job.index] = cached
             job.left -= cached
 
@@ -217,7 +217,7 @@ class _Simulation:
         self.first_token[job.index] = self.now
         simulated.prefilled(job, step=self.step)
         if self.prefixes is not None:
-            self.prefixes.insert(self.keys[job.index], rank)
+            self.prefixes.insert(self.beginnings[job.index], rank)
 
     def _leap(self, seconds: float) -> int:
         """Decode steps until the next request ends or arrives."""

@@ -12,7 +12,7 @@ from semantic_ep.serve.scheduling.affinity import SAMPLED_TOKENS, RankHits
 from semantic_ep.serve.scheduling.cost import Accelerator, ModelSize, ServingCost
 from semantic_ep.serve.scheduling.make import POLICIES, make_scheduler
 from semantic_ep.serve.scheduling.policies import Candidate, GroupLoad, Semantic
-from semantic_ep.serve.scheduling.prefix import PrefixIndex, block_keys
+from semantic_ep.serve.scheduling.prefix import Prefix, PrefixIndex, blocks_of, stretches_of
 from semantic_ep.topology import LINKS, Topology
 
 KV = 1000
@@ -137,16 +137,29 @@ def test_unknown_token_ids_tell_nothing():
 
 def test_prefixes_are_forgotten_from_their_end_and_by_rank():
     index = PrefixIndex(ep_size=2, block_size=2, tokens_per_rank=6)
-    keys = block_keys([1, 2, 3, 4, 5, 6, 7], 2)
-    index.insert(keys, 0)
-    index.insert(keys[:1], 1)
-    assert index.cached_tokens(keys).tolist() == [6, 2]
-    index.insert(block_keys([9, 9, 9], 2), 0)
-    assert index.cached_tokens(keys).tolist() == [4, 2]
+    prefix = blocks_of([1, 2, 3, 4, 5, 6, 7], 2)
+    index.insert(prefix, 0)
+    index.insert(Prefix(keys=prefix.keys[:1], ends=prefix.ends[:1]), 1)
+    assert index.cached_tokens(prefix).tolist() == [6, 2]
+    index.insert(blocks_of([9, 9, 9], 2), 0)
+    assert index.cached_tokens(prefix).tolist() == [4, 2]
 
 
-def test_a_prompt_is_never_cached_to_its_last_token():
-    assert len(block_keys([1, 2, 3, 4], 2)) == 1
+@pytest.mark.parametrize("of", [blocks_of, stretches_of])
+def test_a_prompt_is_never_cached_to_its_last_token(of):
+    assert list(of([1, 2, 3, 4], 2).ends) == [2]
+    assert list(of([1, 2, 3, 4, 5], 2).ends) == [2, 4]
+    assert list(of([1, 2], 2).ends) == list(of([], 2).ends) == []
+
+
+@given(shared=st.integers(0, 400), first=st.integers(1, 100), second=st.integers(1, 100))
+def test_stretches_find_most_of_what_two_prompts_share_and_hardly_more(shared, first, second):
+    index = PrefixIndex(ep_size=1, block_size=2, tokens_per_rank=10**6)
+    common = list(range(shared))
+    index.insert(stretches_of(common + [1000] * first, 2), 0)
+    found = int(index.cached_tokens(stretches_of(common + [2000] * second, 2))[0])
+    assert found < shared + 4  # of the longest stretch every fourth token is looked at
+    assert found > shared * 4 / 5 - 4
 
 
 def test_cancelled_requests_leave_the_queue_and_finished_ones_free_their_room():
@@ -271,3 +284,23 @@ def test_semantic_keeps_tokens_even_when_all_requests_want_one_rank(lengths, fav
             tokens[assignment.rank] += length
     # No rank is ahead of another by more than what local experts can be worth for one request.
     assert tokens.max() - tokens.min() <= 3 * max(lengths)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=8, max_size=60),
+    favourite=st.integers(0, 3),
+)
+def test_semantic_keeps_kv_even_up_to_what_local_experts_are_worth(lengths, favourite):
+    """Prompts are computed at once, and nothing ends: all that grows is the KV cache."""
+    queue, cost, new_tokens = scheduler("semantic", max_wait_seconds=100.0), serving_cost(4), 100
+    kv = np.zeros(4)
+    for number, length in enumerate(lengths):
+        queue.add(request(number, [favourite] * length, max_tokens=new_tokens), now=0.0)
+        for assignment in queue.assign(idle(kv=10**6), now=0.0):
+            kv[assignment.rank] += length + new_tokens
+    copies = cost.copy_seconds_GG.sum(axis=1).max()
+    longest = max(lengths) + new_tokens
+    worth = longest * copies / (new_tokens * cost.seconds_per_kv_token)
+    assert kv.max() - kv.min() <= worth + longest
+    assert kv.sum() == sum(lengths) + new_tokens * len(lengths)
