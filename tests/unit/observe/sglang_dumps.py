@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from semantic_ep.observe.traces import RoutingTrace
 
@@ -37,7 +38,7 @@ def sglang_dump(trace: RoutingTrace, *, rank: int = 0, decode: bool = False) -> 
 
 def write_sglang_trace(trace: RoutingTrace, directory: Path) -> None:
     """Write the dumps of two ranks that saw the same batch."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     directory.mkdir()
     for rank in range(2):

@@ -97,6 +97,8 @@ def test_the_command_writes_a_plan_with_its_verdict_and_parent(run_dir, capsys):
 
 
 def test_a_tracked_plan_names_its_profile_and_the_report_names_the_plan(run_dir, monkeypatch):
+    for package in ("wandb", "matplotlib", "jinja2"):
+        pytest.importorskip(package)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert main(_arguments(run_dir, "--wandb", "offline")) == 0
     planning = OfflineRun.in_directory(run_dir)
