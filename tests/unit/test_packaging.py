@@ -1,12 +1,15 @@
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from semantic_ep import __version__
 from semantic_ep.runtime.kernels import build
@@ -142,3 +145,69 @@ def test_the_command_tells_the_version_that_the_changelog_begins_with(capsys):
         line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")
     ]
     assert headings[0].split()[1] == __version__
+
+
+@pytest.fixture(scope="module")
+def requirements(tmp_path_factory):
+    """Extra -> requirements, as the package's metadata state them."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
+    folder = tmp_path_factory.mktemp("metadata")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    metadata = Path(folder / "semantic_ep.egg-info" / "PKG-INFO").read_text()
+    return [
+        Requirement(line.partition(": ")[2])
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist: ")
+    ]
+
+
+def test_every_extra_is_satisfied_by_the_versions_that_are_tested(requirements):
+    named = (re.findall(r'extra == "(\w+)"', str(wanted.marker)) for wanted in requirements)
+    extras = sorted({extra for names in named for extra in names})
+    assert {"torch", "megatron", "deepspeed", "serve", "report", "all", "dev"} <= set(extras)
+    absent = []
+    for extra in ["", *extras]:
+        for wanted in requirements:
+            if wanted.marker is not None and not wanted.marker.evaluate({"extra": extra}):
+                continue
+            try:
+                found = version(wanted.name)
+            except PackageNotFoundError:
+                absent.append(wanted.name)
+                continue
+            assert wanted.specifier.contains(found, prereleases=True), f"{extra}: {wanted}, {found}"
+    if absent:
+        pytest.skip(f"not installed: {', '.join(sorted(set(absent)))}")
+
+
+def test_pinned_versions_are_ones_that_the_package_accepts(requirements):
+    pins = {}
+    for line in (ROOT / "launch/constraints.txt").read_text().splitlines():
+        if line.partition("#")[0].strip():
+            pin = Requirement(line.partition("#")[0].strip())
+            pins[pin.name] = str(pin.specifier).removeprefix("==")
+    assert "torch" in pins
+    for wanted in requirements:
+        if wanted.name in pins and (wanted.marker is None or _applies(wanted, "3.11")):
+            assert wanted.specifier.contains(pins[wanted.name]), f"{wanted}: {pins[wanted.name]}"
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_each_python_has_one_megatron(requirements, python):
+    found = [r for r in requirements if r.name == "megatron-core" and _applies(r, python)]
+    assert len({str(r.specifier) for r in found}) == 1
+
+
+def _applies(requirement, python):
+    return any(
+        requirement.marker.evaluate({"extra": extra, "python_version": python})
+        for extra in re.findall(r'extra == "(\w+)"', str(requirement.marker))
+    )
