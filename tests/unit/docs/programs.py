@@ -123,7 +123,7 @@ def python(words: Sequence[str], sandbox: Path) -> str:
             return "parsed"
         if module == "pytest":
             return _files(arguments)
-        raise RefusedError(f"python -m {module}: no rule for this module")
+        return _source_has_flags(ROOT / f"{module.replace('.', '/')}.py", arguments)
     path = Path(words[1])
     if not (ROOT / path).is_file():
         raise RefusedError(f"{path} does not exist")
@@ -135,10 +135,17 @@ def python(words: Sequence[str], sandbox: Path) -> str:
         return "ran"
     if path.parent == Path("launch"):
         return script(path.stem, words[2:])
+    return _source_has_flags(ROOT / path, words[2:])
+
+
+def _source_has_flags(path: Path, words: Sequence[str]) -> str:
+    """For a script whose parser cannot be had without running it."""
+    if not path.is_file():
+        raise RefusedError(f"{path.relative_to(ROOT)} does not exist")
     source = path.read_text()
-    unknown = [word for word in words[2:] if word.startswith("-") and f'"{word}"' not in source]
+    unknown = [word for word in words if word.startswith("-") and f'"{word}"' not in source]
     if unknown:
-        raise RefusedError(f"{path} has no {', '.join(unknown)}")
+        raise RefusedError(f"{path.relative_to(ROOT)} has no {', '.join(unknown)}")
     return "parsed"
 
 
