@@ -17,8 +17,8 @@ from semantic_ep.errors import ConfigError, explain
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 
-TOPICS, VOCAB, HIDDEN, EXPERTS, LAYERS, TOP_K = 4, 256, 32, 8, 2, 2
-RANDOM_REQUESTS, RANDOM_LENGTH = 24, 24
+TOPICS, VOCAB, EXPERTS, LAYERS, TOP_K = 4, 256, 8, 2, 2
+RANDOM_REQUESTS = 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,49 +93,66 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     )
 
 
-def planted_inputs(directory: Path, *, requests: int, seed: int) -> Inputs:
+def planted_inputs(
+    directory: Path,
+    *,
+    requests: int,
+    seed: int,
+    hidden: int = 32,
+    inner: int = 16,
+    longest: int = 24,
+) -> Inputs:
     """A tiny random model whose router follows the topic of a token; requests keep to a topic.
 
     Token t is of topic t mod 4, and so is expert e; a request continues in its topic.
+
+    Args:
+        directory: Gets the model.
+        requests: How many prompts.
+        seed: Of model and requests.
+        hidden: Width of the model (D).
+        inner: Width of an expert.
+        longest: Tokens that a prompt has less than.
     """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, moe_intermediate_size=16, num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K, max_position_embeddings=128, eos_token_id=VOCAB - 1,
+        vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, moe_intermediate_size=inner, num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K, max_position_embeddings=longest + 128, eos_token_id=VOCAB - 1,
         bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config)
-    topic_VD = torch.randn(TOPICS, HIDDEN).repeat(VOCAB // TOPICS, 1)
-    token_VD = topic_VD + 0.7 * torch.randn(VOCAB, HIDDEN)
+    topic_VD = torch.randn(TOPICS, hidden).repeat(VOCAB // TOPICS, 1)
+    token_VD = topic_VD + 0.7 * torch.randn(VOCAB, hidden)
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(token_VD)
         # The next token is the topic's next word.
         model.lm_head.weight.copy_(token_VD.roll(TOPICS, dims=0))
         for layer in model.model.layers:
             layer.mlp.gate.weight.copy_(
-                topic_VD[:EXPERTS] + 0.3 * torch.randn(EXPERTS, HIDDEN)
+                topic_VD[:EXPERTS] + 0.3 * torch.randn(EXPERTS, hidden)
             )  # The topic of row e is e mod 4.
     model.save_pretrained(directory)
     draw = np.random.default_rng(seed)
     profiled, heldout = (
-        _trace(model.eval(), [_prompt(draw) for _ in range(RANDOM_REQUESTS)]) for _ in range(2)
+        _trace(model.eval(), [_prompt(draw, longest) for _ in range(RANDOM_REQUESTS)])
+        for _ in range(2)
     )
     return Inputs(
         model=directory,
         profile=RoutingProfile.from_trace(profiled, vocab_size=VOCAB),
         holdout=heldout,
-        prompts=[_prompt(draw) for _ in range(requests)],
-        source=f"a random model with {TOPICS} planted topics, and random requests",
+        prompts=[_prompt(draw, longest) for _ in range(requests)],
+        source=f"a random model, {hidden} wide, with {TOPICS} planted topics, and random requests",
     )
 
 
-def _prompt(draw: np.random.Generator) -> list[int]:
+def _prompt(draw: np.random.Generator, longest: int) -> list[int]:
     """A request of one topic; the last id ends requests and is none of its words."""
-    words = draw.integers(0, VOCAB // TOPICS - 1, size=int(draw.integers(4, RANDOM_LENGTH)))
+    words = draw.integers(0, VOCAB // TOPICS - 1, size=int(draw.integers(4, longest)))
     ids: list[int] = (words * TOPICS + draw.integers(TOPICS)).tolist()
     return ids
 

@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.bench_slow_links import MODES, UNLIMITED, compared, rows_of
 from benchmarks.link_bytes import Sent, accounted, messages, sent_to_others
 from benchmarks.link_hosts import why_not
+from benchmarks.link_results import MODES, UNLIMITED, compared, rows_of
 from benchmarks.run import main
 from semantic_ep.errors import BackendError
 
