@@ -11,17 +11,32 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 from semantic_ep.patches.registry import ABSENT, Seam
 
-_VERSIONS = ">=0.16.1,<0.20"
+_VERSIONS = ">=0.16,<0.20"
 
 
 def _gpu_present() -> str | None:
     import torch
 
     return "this machine has a GPU" if torch.cuda.is_available() else None
+
+
+def _fixed_since(version: str) -> Callable[[], str | None]:
+    """Make an `inactive` for a defect of the releases before `version`."""
+
+    def inactive() -> str | None:
+        from packaging.version import Version
+
+        found = metadata.version("megatron-core")
+        if Version(found) >= Version(version):
+            return f"megatron-core {found} has no such defect"
+        return _gpu_present()
+
+    return inactive
 
 
 def _called_by_megatron() -> bool:
@@ -152,20 +167,20 @@ def _seam(
     parameters: tuple[str, ...] | None,
     why: str,
     remove_when: str = "Megatron-core asks torch for its accelerator instead of naming CUDA",
-    versions: str = _VERSIONS,
     may_be_absent: bool = False,
+    inactive: Callable[[], str | None] = _gpu_present,
 ) -> Seam:
     return Seam(
         name=f"megatron.cpu.{name}",
         package="megatron-core",
-        versions=versions,
+        versions=_VERSIONS,
         target=target,
         parameters=parameters,
         why=why,
         remove_when=remove_when,
         wrap=wrap,
         may_be_absent=may_be_absent,
-        inactive=_gpu_present,
+        inactive=inactive,
     )
 
 
@@ -265,7 +280,7 @@ SEAMS: tuple[Seam, ...] = (
         "megatron.core.transformer.multi_latent_attention:HAVE_TE",
         lambda original: False,
         parameters=None,
-        versions=">=0.16,<0.17",
+        inactive=_fixed_since("0.17"),
         why="0.16 takes Transformer Engine as present, and asks whether a layer is of type None",
         remove_when="0.16 is no longer supported",
     ),
@@ -274,7 +289,7 @@ SEAMS: tuple[Seam, ...] = (
         "megatron.core.transformer.moe.moe_utils:te_general_gemm",
         lambda original: None if original is ABSENT else original,
         parameters=None,
-        versions=">=0.16,<0.20",
+        inactive=_fixed_since("0.17"),
         may_be_absent=True,
         why="0.16 reads this name without defining it where Transformer Engine is absent",
         remove_when="0.16 is no longer supported",

@@ -50,7 +50,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         name="megatron.resume_torch_adam",
         package="megatron-core",
-        versions=">=0.16.1,<0.20",
+        versions=">=0.16,<0.20",
         target=f"{_OPTIMIZER}.state_dict",
         parameters=("self",),
         why="without Transformer Engine or Apex a fresh optimizer has no step to describe, and a "
@@ -62,7 +62,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         name="megatron.resume_torch_adam_step",
         package="megatron-core",
-        versions=">=0.16.1,<0.20",
+        versions=">=0.16,<0.20",
         target=f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
         parameters=("self", "model_param", "tensors"),
         why="torch's Adam counts steps by parameter; the checkpoint has one, which all would share "
