@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from semantic_ep.errors import BackendError, explain
-from semantic_ep.observe.recorder import MicroBatch
+from semantic_ep.observe.micro_batch import MicroBatch
 
 
 class StageExchange:
@@ -107,6 +107,35 @@ class StageExchange:
                 batch.experts[layer] = part.to(torch.int32)
         for request, _ in sent:
             request.wait()
+
+
+def join_parts(batches: list[MicroBatch], parts: Sequence[int]) -> list[MicroBatch]:
+    """One micro-batch for the passes of all parts of the model that this stage runs over it.
+
+    Args:
+        batches: Passes of a step in the order in which they ran; those of a part are in the order
+            of the micro-batches, whatever the schedule.
+        parts: The part of each; part 0 has the token ids, where this stage has them.
+
+    Raises:
+        BackendError: Parts ran different numbers of passes.
+    """
+    by_part: dict[int, list[MicroBatch]] = {part: [] for part in sorted(set(parts))}
+    for part, batch in zip(parts, batches, strict=True):
+        by_part[part].append(batch)
+    first, *others = by_part.values() if by_part else [[]]
+    if any(len(other) != len(first) for other in others):
+        raise BackendError(
+            explain(
+                "the parts of an interleaved pipeline stage ran different numbers of passes",
+                got=", ".join(f"part {part}: {len(ran)}" for part, ran in by_part.items()),
+                do="Call step() of the observation after each optimizer step",
+            )
+        )
+    for other in others:
+        for batch, more in zip(first, other, strict=True):
+            batch.experts |= more.experts
+    return first
 
 
 def _described(batch: MicroBatch) -> Tensor:

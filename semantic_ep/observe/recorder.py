@@ -12,23 +12,23 @@ when the ids come from an accelerator, while it computes the next step.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import queue
 import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import BackendError, explain
-from semantic_ep.observe.counters import CounterLimits, RoutedTokens, RoutingCounters
+from semantic_ep.observe.counters import CounterLimits, RoutingCounters
+from semantic_ep.observe.micro_batch import MicroBatch, routed_tokens, to_host, wait_for
 from semantic_ep.observe.reduction import reduce_to_first
 from semantic_ep.observe.samples import Part, trace_of
+from semantic_ep.observe.static_routes import StaticRoutes
 
 if TYPE_CHECKING:
     from semantic_ep.observe.profile import RoutingProfile
@@ -60,25 +60,6 @@ class RoutingSink(Protocol):
         """
 
 
-@dataclasses.dataclass(kw_only=True)
-class MicroBatch:
-    """Routes of one forward pass, still on the device or on their way from it.
-
-    Attributes:
-        token_id_T: [T] vocabulary ids, None where unknown.
-        mask_T: [T] non-zero for real tokens; None if all are.
-        sequence_T: [T] number of each token's sequence; None for one sequence.
-        experts: Layer -> [T, K] logical experts, -1 where a token was dropped.
-        arrived: CUDA event after which all of these are on the host; None if they are.
-    """
-
-    token_id_T: Tensor | None
-    mask_T: Tensor | None
-    sequence_T: Tensor | None
-    experts: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    arrived: Any = None
-
-
 class RoutingRecorder:
     """Counts the routes of the training tokens of this process; a `RoutingSink`."""
 
@@ -95,6 +76,7 @@ class RoutingRecorder:
         layers: Collection[int] | None = None,
         counts_tokens: bool = True,
         complete: Callable[[list[MicroBatch]], list[MicroBatch]] | None = None,
+        graph_safe: bool = False,
     ) -> None:
         """Start with empty counters.
 
@@ -110,6 +92,8 @@ class RoutingRecorder:
             counts_tokens: See `RoutingCounters`.
             complete: Called at each step with its micro-batches, all on the host; returns those
                 to count. For what this process must ask of others.
+            graph_safe: Routers run inside CUDA graphs: `record` issues device operations only,
+                whatever pass it is called in, and what they wrote is read when a micro-batch ends.
         """
         self.counters = RoutingCounters(
             num_layers=num_layers,
@@ -123,6 +107,7 @@ class RoutingRecorder:
             counts_tokens=counts_tokens,
         )
         self._complete = complete
+        self._static = StaticRoutes() if graph_safe else None
         self._open: MicroBatch | None = None
         self._buffer: list[MicroBatch] = []
         self._worker: _Worker | None = None
@@ -134,6 +119,7 @@ class RoutingRecorder:
         *,
         mask_T: Tensor | None = None,
         sequence_T: Tensor | None = None,
+        layers: Collection[int] | None = None,
     ) -> None:
         """Open a micro-batch of training tokens; `record` belongs to the one opened last.
 
@@ -141,9 +127,14 @@ class RoutingRecorder:
             token_id_T: [T] vocabulary ids in the order in which routers see the tokens.
             mask_T: [T] true (non-zero) for real tokens; None if all are.
             sequence_T: [T] number of each token's sequence in this pass; None for one sequence.
+            layers: MoE layers that run in this pass, for what is `graph_safe`; None for all.
         """
         self._close()
-        self._open = MicroBatch(token_id_T=token_id_T, mask_T=mask_T, sequence_T=sequence_T)
+        self._open = MicroBatch(
+            token_id_T=token_id_T, mask_T=mask_T, sequence_T=sequence_T, layers=layers
+        )
+        if self._static is not None:
+            self._static.start_pass()
 
     def ignore_pass(self) -> None:
         """Close the micro-batch: until the next one is opened, `record` does nothing."""
@@ -168,6 +159,9 @@ class RoutingRecorder:
         if token_id_T is not None and (batch is None or batch.token_id_T is not token_id_T):
             self.start_micro_batch(token_id_T, mask_T=mask_T)
             batch = self._open
+        if self._static is not None:
+            self._static.record(layer, expert_TK)
+            return
         if batch is None:
             return
         if layer in batch.experts:
@@ -175,7 +169,7 @@ class RoutingRecorder:
                 logger.warning("layer %d ran twice in one pass; its first run is counted", layer)
                 self._warned = True
             return
-        batch.experts[layer] = _to_host(expert_TK)
+        batch.experts[layer] = to_host(expert_TK)
 
     def step(self) -> None:
         """Count what was recorded since the last step, and advance the decay by one step.
@@ -187,7 +181,7 @@ class RoutingRecorder:
         buffer, self._buffer = self._buffer, []
         on_device = any(batch.arrived is not None for batch in buffer)
         if self._complete is not None:
-            _wait_for(buffer)
+            wait_for(buffer)
             buffer = self._complete(buffer)
         if self._worker is None and on_device:
             self._worker = _Worker(self.counters)
@@ -261,14 +255,21 @@ class RoutingRecorder:
 
     def _close(self) -> None:
         batch, self._open = self._open, None
-        if batch is None or (not batch.experts and self._complete is None):
+        if batch is None:
+            return
+        if self._static is not None:
+            batch.held = [
+                (layer, to_host(expert_TK), to_host(runs))
+                for layer, expert_TK, runs in self._static.held(batch.layers)
+            ]
+        if not (batch.experts or batch.held or self._complete is not None):
             return
         for name in ("token_id_T", "mask_T", "sequence_T"):
             tensor = getattr(batch, name)
             if tensor is not None:
-                setattr(batch, name, _to_host(tensor))
-        held = (batch.token_id_T, *batch.experts.values())
-        if any(tensor is not None and tensor.is_pinned() for tensor in held):
+                setattr(batch, name, to_host(tensor))
+        routes = (*batch.experts.values(), *(expert_TK for _, expert_TK, _ in batch.held))
+        if any(tensor is not None and tensor.is_pinned() for tensor in (batch.token_id_T, *routes)):
             batch.arrived = torch.cuda.Event()
             batch.arrived.record()
         self._buffer.append(batch)
@@ -310,63 +311,10 @@ class _Worker:
 
 
 def _count_step(counters: RoutingCounters, buffer: list[MicroBatch]) -> None:
-    _wait_for(buffer)
+    wait_for(buffer)
     for batch in buffer:
-        counters.add(_routed_tokens(batch))
+        counters.add(routed_tokens(batch))
     counters.step()
-
-
-def _wait_for(buffer: list[MicroBatch]) -> None:
-    for batch in buffer:
-        if batch.arrived is not None:
-            batch.arrived.synchronize()
-
-
-def _routed_tokens(batch: MicroBatch) -> RoutedTokens:
-    experts = {layer: tensor.numpy() for layer, tensor in batch.experts.items()}
-    lengths: dict[Any, int] = {layer: len(e) for layer, e in experts.items()}
-    for name, tensor in (
-        ("token ids", batch.token_id_T),
-        ("mask", batch.mask_T),
-        ("sequence numbers", batch.sequence_T),
-    ):
-        if tensor is not None:
-            lengths[name] = tensor.numel()
-    tokens = next(iter(lengths.values()), 0)
-    if set(lengths.values()) - {tokens}:
-        raise BackendError(
-            explain(
-                "routers and inputs of one forward pass saw different numbers of tokens",
-                got=", ".join(f"{name}: {count}" for name, count in lengths.items()),
-                do="Open the micro-batch with the tokens that this rank's routers see",
-            )
-        )
-
-    def host(tensor: Tensor | None, default: int) -> np.ndarray:
-        if tensor is None:
-            return np.full(tokens, default, np.int64)
-        return tensor.reshape(-1).numpy()
-
-    sequence = host(batch.sequence_T, 0)
-    order = np.flatnonzero(host(batch.mask_T, 1))
-    if np.any(np.diff(sequence[order]) < 0):
-        order = order[np.argsort(sequence[order], kind="stable")]
-    return RoutedTokens(
-        experts={layer: e[order] for layer, e in experts.items()},
-        token_id=host(batch.token_id_T, -1)[order],
-        sequence=sequence[order],
-    )
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A compact copy on the host; from a GPU it may still be on its way."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.int64:
-        tensor = tensor.to(torch.int32)
-    if not tensor.is_cuda:
-        return tensor.to("cpu", copy=True)
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copy.copy_(tensor, non_blocking=True)
 
 
 def _in_backward() -> bool:

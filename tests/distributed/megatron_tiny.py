@@ -14,7 +14,15 @@ import torch.distributed as dist
 VOCAB, SEQUENCE, BATCH, EXPERTS, LAYERS, TOP_K = 96, 16, 3, 8, 2, 2
 
 
-def start(*, tensor_parallel=1, pipeline_parallel=1, expert_parallel=2, context_parallel=1, seed=1):
+def start(
+    *,
+    tensor_parallel=1,
+    pipeline_parallel=1,
+    interleaved=None,
+    expert_parallel=2,
+    context_parallel=1,
+    seed=1,
+):
     """Initialise Megatron's groups and random state over the ranks of the test."""
     # Megatron's checkpoint writer starts a process, which ranks of a test may otherwise not.
     multiprocessing.current_process()._config["daemon"] = False
@@ -30,6 +38,7 @@ def start(*, tensor_parallel=1, pipeline_parallel=1, expert_parallel=2, context_
     parallel_state.initialize_model_parallel(
         tensor_parallel,
         pipeline_parallel,
+        virtual_pipeline_model_parallel_size=interleaved,
         expert_model_parallel_size=expert_parallel,
         expert_tensor_parallel_size=1,
         context_parallel_size=context_parallel,
@@ -57,6 +66,12 @@ def config(**changes):
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "sequence_parallel": parallel_state.get_tensor_model_parallel_world_size() > 1,
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": (
+            parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        ),
+        # Two stages that are interleaved would mix up what they batch.
+        "batch_p2p_comm": not parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        "overlap_p2p_comm": bool(parallel_state.get_virtual_pipeline_model_parallel_world_size()),
         "pipeline_dtype": torch.float32,
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "add_bias_linear": False,
@@ -73,10 +88,11 @@ def config(**changes):
     return TransformerConfig(**{**settings, **changes})
 
 
-def model(transformer_config, rows=None, *, groups=None):
+def model(transformer_config, rows=None, *, groups=None, part=None):
     """Build a GPT model; `rows` [L, E] are the experts in the slots of each layer.
 
-    `groups` is a `SemanticExpertGroup`; None means Megatron's own groups.
+    `part` numbers the parts of the model that an interleaved pipeline stage runs. `groups` is a
+    `SemanticExpertGroup`; None means Megatron's own groups.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -118,8 +134,9 @@ def model(transformer_config, rows=None, *, groups=None):
         position_embedding_type=(
             "rope" if transformer_config.context_parallel_size == 1 else "learned_absolute"
         ),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=part),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=part),
+        vp_stage=part,
         pg_collection=groups and groups.collection,
     )
 
@@ -178,7 +195,7 @@ def batch(step, rank):
 class Trainer:
     """A model with Megatron's own gradient buffers, optimizer and schedule."""
 
-    model: object
+    model: object  # All parts of it on this rank, in a module list, with interleaved stages.
     optimizer: object
     schedule: object
 
@@ -193,13 +210,17 @@ class Trainer:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.transformer.module import Float16Module
 
-        bare = model(config, rows, groups=groups)
-        wrapped = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
-            Float16Module(config, bare) if config.bf16 else bare,
-            pg_collection=groups and groups.collection,
-        )
+        def wrapped(part):
+            bare = model(config, rows, groups=groups, part=part)
+            return DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
+                Float16Module(config, bare) if config.bf16 else bare,
+                pg_collection=groups and groups.collection,
+            )
+
+        interleaved = config.virtual_pipeline_model_parallel_size
+        parts = [wrapped(part) for part in (range(interleaved) if interleaved else [None])]
         config.finalize_model_grads_func = finalize_model_grads
         settings = {"optimizer": "adam", "lr": 3e-3, "weight_decay": 0.01, "clip_grad": 1.0}
         settings |= {
@@ -208,12 +229,19 @@ class Trainer:
             "params_dtype": config.params_dtype,
         }
         make = groups.optimizer if groups else get_megatron_optimizer
-        optimizer = make(OptimizerConfig(**settings | optimizer), [wrapped])
-        return cls(wrapped, optimizer, get_forward_backward_func())
+        optimizer = make(OptimizerConfig(**settings | optimizer), parts)
+        whole = torch.nn.ModuleList(parts) if interleaved else parts[0]
+        return cls(whole, optimizer, get_forward_backward_func())
+
+    @property
+    def parts(self):
+        """What this rank runs of the model: more than one part with interleaved stages."""
+        return list(self.model) if isinstance(self.model, torch.nn.ModuleList) else [self.model]
 
     def step(self, batches):
         """One optimizer step over micro-batches; returns their losses, on the last stage."""
-        self.model.zero_grad_buffer()
+        for part in self.parts:
+            part.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batches, forward_only=False)
         self.optimizer.step()
@@ -231,8 +259,8 @@ class Trainer:
 
         return self.schedule(
             forward_step_func=forward,
-            data_iterator=iter(batches),
-            model=self.model,
+            data_iterator=[iter(batches) for _ in self.parts],
+            model=self.parts,
             num_microbatches=len(batches),
             seq_length=SEQUENCE,
             micro_batch_size=BATCH,

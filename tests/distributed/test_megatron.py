@@ -119,7 +119,7 @@ def _errors(rank, world_size):
         return ModelObservation(model, observed, fingerprint=fingerprint, vocab_size=tiny.VOCAB)
 
     graphed = tiny.model(tiny.config(), ROWS)
-    graphed.config.cuda_graph_impl = "local"
+    graphed.config.cuda_graph_impl, graphed.config.cuda_graph_scope = "local", "full_iteration"
     expect(ConfigError, lambda: observe(graphed))
     interleaved = tiny.model(tiny.config(), ROWS)
     interleaved.config.virtual_pipeline_model_parallel_size = 2
@@ -144,7 +144,7 @@ def test_what_cannot_work_is_refused_with_the_reason():
             "fully_reshardable",
             "contradicts --expert-model-parallel-size",
             "--moe-token-dispatcher-type",
-            "--cuda-graph-impl",
+            "--cuda-graph-scope full_iteration",
             "--num-layers-per-virtual-pipeline-stage",
             "--semantic-ep-observe-sample-tokens",
             "without token ids",

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -17,6 +18,7 @@ from tests.distributed.launcher import run_ranks
 pytestmark = pytest.mark.distributed
 
 PAD = 0
+GROUPS, GROUPS_OF_TOKEN = 4, 2
 ROWS = np.stack([np.random.default_rng(layer).permutation(tiny.EXPERTS) for layer in range(4)])
 
 
@@ -27,10 +29,13 @@ class Case:
     ranks: int = 2
     tensor: int = 1
     pipeline: int = 1
+    interleaved: int | None = None
     context: int = 1
     layers: int = 2
     recompute: bool = False
     placed: bool = False
+    graphed: bool = False
+    grouped: bool = False
 
     @property
     def fingerprint(self):
@@ -85,11 +90,23 @@ def _routes_by_hand(trainer, wholes):
     routes = {}
     for layer, passes in seen.items():
         for micro, hidden_SBD in enumerate(passes):
-            chosen_SBK = (hidden_SBD @ layer.router.weight.T).topk(tiny.TOP_K).indices.tolist()
+            chosen_SBK = _chosen(layer.router, hidden_SBD).tolist()
             for place, chosen_BK in zip(places, chosen_SBK, strict=True):
                 for row, chosen in enumerate(chosen_BK):
                     routes.setdefault((micro, row, place), {})[layer.layer_number - 1] = chosen
     return routes
+
+
+def _chosen(router, hidden_SBD):
+    """[S, B, K] experts as the definition of the router has it."""
+    score_SBE = hidden_SBD @ router.weight.T
+    if router.expert_bias is not None:  # Also limited to groups, judged by their best expert.
+        score_SBE = score_SBE.sigmoid() + router.expert_bias
+        by_group = score_SBE.unflatten(2, (GROUPS, -1))
+        kept = by_group.amax(3).topk(GROUPS_OF_TOKEN).indices
+        allowed = torch.zeros(by_group.shape[:3]).scatter(2, kept, 1.0)[..., None] > 0
+        score_SBE = by_group.masked_fill(~allowed, -torch.inf).flatten(2)
+    return score_SBE.topk(tiny.TOP_K).indices
 
 
 def _run(rank, world_size, directory, case):
@@ -101,18 +118,36 @@ def _run(rank, world_size, directory, case):
     tiny.start(
         tensor_parallel=case.tensor,
         pipeline_parallel=case.pipeline,
+        interleaved=case.interleaved,
         context_parallel=case.context,
     )
     changes = {"num_layers": case.layers}
     if case.recompute:
         changes |= {"recompute_granularity": "full", "recompute_method": "uniform"}
         changes["recompute_num_layers"] = 1
+    if case.grouped:
+        changes |= {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_num_groups": GROUPS,
+            "moe_router_group_topk": GROUPS_OF_TOKEN,
+            "moe_router_load_balancing_type": "none",
+        }
     rows = ROWS[: case.layers] if case.placed else None
     trainer = tiny.Trainer.build(tiny.config(**changes), rows)
+    if case.grouped:
+        for module in trainer.model.modules():
+            if getattr(module, "expert_bias", None) is not None:
+                draw = torch.Generator().manual_seed(5)
+                module.expert_bias.copy_(0.2 * torch.randn(tiny.EXPERTS, generator=draw))
+    if case.graphed:  # As a run with graphs is observed, although none is captured on a CPU.
+        for module in trainer.model.modules():
+            if hasattr(module, "pg_collection"):
+                module.config.cuda_graph_impl = "local"
 
     def observe():
         return ModelObservation(
-            trainer.model,
+            trainer.parts,
             ObserveConfig(output=str(directory / "profile")),
             fingerprint=case.fingerprint,
             vocab_size=tiny.VOCAB,
@@ -123,7 +158,7 @@ def _run(rank, world_size, directory, case):
     data_rank = parallel_state.get_data_parallel_rank()
     tokens = {}
     for step in range(3):
-        wholes = [_batch(10 * step + micro, data_rank) for micro in range(3)]
+        wholes = [_batch(10 * step + micro, data_rank) for micro in range(4)]
         # Counted by hand in an evaluation just before the step, which the profile must not see.
         for (micro, row, place), routes in _routes_by_hand(trainer, wholes).items():
             token_id = wholes[micro]["input_ids"][row, place].item()
@@ -171,12 +206,13 @@ def _profile_by_hand(everyone, fingerprint):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(),
+        Case(grouped=True),
         Case(tensor=2, recompute=True, placed=True),
         Case(ranks=4, pipeline=2, layers=4, recompute=True, placed=True),
+        Case(ranks=4, pipeline=2, interleaved=2, layers=4, recompute=True, graphed=True),
         Case(ranks=4, context=2),
     ],
-    ids=["data", "sequence", "pipeline", "context"],
+    ids=["data", "sequence", "pipeline", "interleaved", "context"],
 )
 def test_a_profile_counts_every_training_token_once_with_its_logical_experts(tmp_path, case):
     everyone = run_ranks(_run, case.ranks, tmp_path, case)[0]

@@ -4,12 +4,13 @@ Each training token counts once: a micro-batch is open while the model's own `fo
 training mode with gradients, so that neither evaluation nor the recomputation of activations, which
 runs in the backward pass, is counted. Each rank counts what its own routers see. Sequence and
 context parallelism give them different tokens; pipeline stages see the same tokens and count
-different layers.
+different layers. With interleaved stages a rank runs several parts of the model, whose passes over
+a micro-batch are put together at the end of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from semantic_ep.integrations.observation import (
     experts_of_map,
     group_on_host,
 )
-from semantic_ep.integrations.stages import StageExchange
+from semantic_ep.integrations.stages import StageExchange, join_parts
+from semantic_ep.observe.micro_batch import MicroBatch
 
 
 class ModelObservation(RoutingObservation):
@@ -42,7 +44,7 @@ class ModelObservation(RoutingObservation):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         config: ObserveConfig,
         *,
         fingerprint: ModelFingerprint,
@@ -52,7 +54,8 @@ class ModelObservation(RoutingObservation):
         """Attach to a model; collective over all ranks.
 
         Args:
-            model: A `GPTModel`, bare or wrapped (`Float16Module`, `DistributedDataParallel`).
+            model: A `GPTModel`, bare or wrapped (`Float16Module`, `DistributedDataParallel`);
+                all parts of it that this rank runs, in order, with interleaved stages.
             config: `output` must name a directory.
             fingerprint: The model; the hash of its routers is taken anew at each save.
             vocab_size: Token ids (V).
@@ -62,25 +65,28 @@ class ModelObservation(RoutingObservation):
         Raises:
             ConfigError: The model has no MoE layer, or runs in a way that hooks cannot follow.
         """
-        while hasattr(model, "module"):
-            model = model.module
-        _check_hookable(model.config, config)
-        self._routers = _routers_by_layer(model, fingerprint)
-        groups = model.pg_collection
+        parts = [_bare(part) for part in ([model] if isinstance(model, nn.Module) else model)]
+        _check_hookable(parts, config)
+        self._routers = _routers_by_layer(parts, fingerprint)
+        self._layers = [_layers_in(part, self._routers) for part in parts]
+        groups, settings = parts[0].pg_collection, parts[0].config
         self._tensor_parallel, self._context_parallel = groups.tp, groups.cp
         self._pipeline = dist.get_process_group_ranks(groups.pp)
         self._is_first_stage = groups.pp.rank() == 0
-        self._sequence_parallel = bool(model.config.sequence_parallel)
+        self._sequence_parallel = bool(settings.sequence_parallel)
         self._pad_token_id, self._top_k = pad_token_id, fingerprint.top_k
-        self._in_pass = False
-        self._stages, share = None, {}
+        self._in_pass, self._graphed = False, _is_graphed(settings)
+        # The part of the model that ran in each training pass of this step, for `_complete`.
+        self._passes: list[int] = []
+        self._stages: StageExchange | None = None
+        share: dict[str, Any] = {"graph_safe": self._graphed}
         if len(self._pipeline) > 1:
             layers = tuple(self._routers)
             self._stages = StageExchange(group_on_host(self._pipeline), layers, top_k=self._top_k)
-            share = {
+            share |= {
                 "layers": layers,
                 "counts_tokens": self._is_first_stage,
-                "complete": self._stages.complete,
+                "complete": self._complete,
             }
         super().__init__(
             config,
@@ -91,7 +97,8 @@ class ModelObservation(RoutingObservation):
             **share,
         )
         if self._sequence_parallel or self._tensor_parallel.rank() == 0:
-            self._attach(model)
+            for number, part in enumerate(parts):
+                self._attach(number, part)
 
     def router_weights(self) -> list[Tensor]:
         """See `RoutingObservation`; collective over the pipeline."""
@@ -102,20 +109,30 @@ class ModelObservation(RoutingObservation):
         """See `RoutingObservation`; each stage takes over its own layers."""
         return 0 in self._pipeline
 
-    def _attach(self, model: nn.Module) -> None:
-        self._handles += [
-            model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
-            model.register_forward_hook(self._end_pass, always_call=True),
-        ]
-        for layer, router in self._routers.items():
-            self._handles.append(router.register_forward_hook(self._on_route(layer)))
+    def _attach(self, number: int, part: nn.Module) -> None:
+        def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if model.training and torch.is_grad_enabled():
+                if self._stages is not None:
+                    self._passes.append(number)
+                self._begin_pass(number, args, kwargs)
 
-    def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (model.training and torch.is_grad_enabled()):
-            return
+        self._handles += [
+            part.register_forward_pre_hook(begin, with_kwargs=True),
+            part.register_forward_hook(self._end_pass, always_call=True),
+        ]
+        for layer in self._layers[number]:
+            hook = self._routers[layer].register_forward_hook(self._on_route(layer))
+            self._handles.append(hook)
+
+    def _complete(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        assert self._stages is not None
+        passes, self._passes = self._passes, []
+        return self._stages.complete(join_parts(batches, passes))
+
+    def _begin_pass(self, part: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_pass = True
-        if not self._is_first_stage:
-            self.recorder.start_micro_batch()
+        if part > 0 or not self._is_first_stage:
+            self.recorder.start_micro_batch(layers=self._layers[part])
             return
         token_id_BS = kwargs.get("input_ids", args[0] if args else None)
         if token_id_BS is None:
@@ -139,6 +156,7 @@ class ModelObservation(RoutingObservation):
             self._as_routed(token_id_BS),
             mask_T=None if padding_BS is None else ~self._as_routed(padding_BS),
             sequence_T=self._as_routed(sequence_BS),
+            layers=self._layers[part],
         )
 
     def _end_pass(self, *_: Any) -> None:
@@ -157,13 +175,22 @@ class ModelObservation(RoutingObservation):
 
     def _on_route(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
-            if self._in_pass:
+            # A graph may be captured outside a pass, and keeps what is called then.
+            if self._in_pass or self._graphed:
                 self.recorder.record(layer, experts_of_map(output[1].detach(), self._top_k))
 
         return hook
 
 
-def _routers_by_layer(model: nn.Module, fingerprint: ModelFingerprint) -> dict[int, nn.Module]:
+def _bare(model: nn.Module) -> nn.Module:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _routers_by_layer(
+    parts: Sequence[nn.Module], fingerprint: ModelFingerprint
+) -> dict[int, nn.Module]:
     """Routers that this rank runs, by the index of their MoE layer in the whole model.
 
     Raises:
@@ -174,7 +201,7 @@ def _routers_by_layer(model: nn.Module, fingerprint: ModelFingerprint) -> dict[i
             explain("there is no MoE layer to observe", where="--num-experts", do="Set it")
         )
     routers = {}
-    for module in model.modules():
+    for module in (module for part in parts for module in part.modules()):
         if not isinstance(module, MoELayer):
             continue
         layer = module.layer_number - 1  # Megatron numbers the layers of the whole model, from 1.
@@ -187,6 +214,11 @@ def _routers_by_layer(model: nn.Module, fingerprint: ModelFingerprint) -> dict[i
             )
         routers[fingerprint.layer_ids.index(layer)] = module.router
     return routers
+
+
+def _layers_in(part: nn.Module, routers: dict[int, nn.Module]) -> tuple[int, ...]:
+    own = set(part.modules())
+    return tuple(layer for layer, router in routers.items() if router in own)
 
 
 def _first_rank_with_same_batch(groups: Collection[dist.ProcessGroup]) -> int:
@@ -202,17 +234,26 @@ def _first_rank_with_same_batch(groups: Collection[dist.ProcessGroup]) -> int:
     return min(reached)
 
 
-def _check_hookable(config: Any, observe: ObserveConfig) -> None:
+def _is_graphed(config: Any) -> bool:
+    return getattr(config, "cuda_graph_impl", "none") not in (None, "none")
+
+
+def _graphs_whole_iteration(config: Any) -> bool:
+    scopes = getattr(config, "cuda_graph_scope", None) or ()
+    chosen = [scopes] if isinstance(scopes, str) else list(scopes)
+    chosen.append(getattr(config, "cuda_graph_impl", "none"))
+    return any(getattr(each, "name", each) == "full_iteration" for each in chosen)
+
+
+def _check_hookable(parts: Sequence[nn.Module], observe: ObserveConfig) -> None:
     """Refuse to observe where Python hooks would not see every token exactly once."""
+    config = parts[0].config
     obstacles = {
-        "--cuda-graph-impl": getattr(config, "cuda_graph_impl", "none") not in (None, "none"),
-        "--enable-cuda-graph": getattr(config, "enable_cuda_graph", False),
-        "--external-cuda-graph": getattr(config, "external_cuda_graph", False),
+        "--cuda-graph-scope full_iteration": _graphs_whole_iteration(config),
         "--overlap-moe-expert-parallel-comm": getattr(
             config, "overlap_moe_expert_parallel_comm", False
         ),
         "--mtp-num-layers": getattr(config, "mtp_num_layers", None),
-        "--num-layers-per-virtual-pipeline-stage": config.virtual_pipeline_model_parallel_size,
     }
     for flag, present in obstacles.items():
         if present:
@@ -223,6 +264,16 @@ def _check_hookable(config: Any, observe: ObserveConfig) -> None:
                     do=f"Unset {flag}, or unset --semantic-ep-observe-output",
                 )
             )
+    wanted = config.virtual_pipeline_model_parallel_size or 1
+    if len(parts) != wanted:
+        raise ConfigError(
+            explain(
+                "interleaved pipeline stages are observed together",
+                where="--num-layers-per-virtual-pipeline-stage",
+                got=f"{len(parts)} of the {wanted} parts of the model on this rank",
+                do="Pass the list of all model chunks to observe()",
+            )
+        )
     if observe.sample_tokens and config.pipeline_model_parallel_size > 1:
         raise ConfigError(
             explain(

@@ -130,15 +130,20 @@ class SemanticRun:
         return self.groups.optimizer(config, model_chunks)
 
     def observe(
-        self, model: nn.Module, *, pad_token_id: int | None = None
+        self, model: nn.Module | Sequence[nn.Module], *, pad_token_id: int | None = None
     ) -> ModelObservation | None:
         """Attach to the built model; None where nothing is to be recorded. Collective.
+
+        Args:
+            model: See `ModelObservation`.
+            pad_token_id: See `ModelObservation`.
 
         Raises:
             ConfigError: The model was built with other groups than `pg_collection`.
         """
         if self.groups is not None:
-            self.groups.check_model(model)
+            for part in [model] if isinstance(model, nn.Module) else model:
+                self.groups.check_model(part)
         if not self.config.enabled or self.config.observe.output == "auto":
             return None
         return ModelObservation(
