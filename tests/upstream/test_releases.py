@@ -32,6 +32,7 @@ def _newest_of_each_minor() -> list[str]:
     return [str(newest[minor]) for minor in sorted(newest)]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("version", _newest_of_each_minor())
 def test_a_release_keeps_the_contracts_of_the_installed_one(version):
     python = python_with(PACKAGE, version)
@@ -41,7 +42,7 @@ def test_a_release_keeps_the_contracts_of_the_installed_one(version):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1100,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout.splitlines()[-1], done.stdout
