@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("--ranks", type=int, default=4, metavar="G")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    parser.add_argument("--requests", type=int, default=0, help="first prompts; 0: all")
+    parser.add_argument("--requests", type=int, default=0, help="drawn from the prompts; 0: all")
     parser.add_argument("--max-prompt-tokens", type=int, default=192, help="longer ones are cut")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--max-sequences", type=int, default=8, help="of a rank at a time")

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of every link, each way; links without a limit are measured besides "
         "(default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--requests", type=int, default=0, help="first prompts; 0: all")
+    parser.add_argument("--requests", type=int, default=0, help="drawn from the prompts; 0: all")
     parser.add_argument("--max-prompt-tokens", type=int, default=192, help="longer ones are cut")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--max-batch-size", type=int, default=32, help="sequences of a rank")

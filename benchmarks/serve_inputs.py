@@ -82,13 +82,15 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         args.prompts or args.run / "data" / "prompts.jsonl",
         AutoTokenizer.from_pretrained(model, local_files_only=True),
         max_prompt_tokens=args.max_prompt_tokens,
-        limit=args.requests,
     )
+    # A file may be sorted by kind: serve a mixture, also where only some are asked for.
+    shuffled = np.random.default_rng(args.seed).permutation(len(requests))
+    chosen = [requests[number] for number in shuffled[: args.requests or None]]
     return Inputs(
         model=model,
         profile=profile,
         holdout=holdout,
-        prompts=[request.prompt for request in requests],
+        prompts=[request.prompt for request in chosen],
         source=f"model {model}, its profile, and held-out prompts",
     )
 
