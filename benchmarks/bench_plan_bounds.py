@@ -8,7 +8,9 @@ For each trace and EP size, on the evaluated requests and under the same equal s
 * oracle placement and homes: the placement too is planned on the evaluated requests and their true
   routes. The search is heuristic, so this is what is known to be possible, not a proof;
 * oracle placement for copies (tokens alone): as before, planned for the fewest ranks that tokens
-  touch and for nothing else.
+  touch and for nothing else;
+* oracle placement for LAR (requests alone): as before, planned for local activations and for
+  nothing else.
 
 Expert load is kept to what the plan is allowed on all levels.
 """
@@ -92,13 +94,17 @@ def _levels(
     home = home_ranks(evaluated, placement, profile, policy.mode, predictor=predictor)
     known = RoutingProfile.from_trace(evaluated, vocab_size=vocab)
     where = {"oracle homes": placement}
-    oracles = {"oracle placement and homes": KnownRoutes(trace=evaluated)}
+    routes = Evidence(trace=evaluated, predictor=KnownRoutes(trace=evaluated))
+    knowing = {"oracle placement and homes": dataclasses.replace(policy, evidence=routes)}
     if policy.mode == "tokens":
-        oracles["oracle placement for copies"] = KnownRoutes(trace=evaluated, homes_count=False)
-    for name, oracle in oracles.items():
-        evidence = Evidence(trace=evaluated, predictor=oracle)
-        knowing = dataclasses.replace(policy, evidence=evidence)
-        where[name] = knowing.place(known, ep_size=ep_size, seed=seed)
+        touches = KnownRoutes(trace=evaluated, homes_count=False)
+        knowing["oracle placement for copies"] = dataclasses.replace(
+            policy, evidence=Evidence(trace=evaluated, predictor=touches)
+        )
+    else:
+        knowing["oracle placement for LAR"] = dataclasses.replace(policy, pair_weight=0.0)
+    for name, oracle in knowing.items():
+        where[name] = oracle.place(known, ep_size=ep_size, seed=seed)
     levels = {"reached": evaluate(placement, evaluated, home)}
     for name, place in where.items():
         levels[name] = evaluate(place, evaluated, oracle_home_ranks(place, evaluated, mode))

@@ -73,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what gets a home rank: whole requests (attention-DP), or tokens anew in each layer "
         "(attention-TP with the shuffled collectives)",
     )
+    parser.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="schedule token ids that the profile never saw like the one that the model embeds "
+        "closest to them (default: as the average token)",
+    )
     add_topology_arguments(parser)
     parser.add_argument(
         "--hidden-size",
@@ -132,10 +139,11 @@ def run(args: argparse.Namespace) -> int:
     topology = topology_of(args, args.ep_size)
     current = _current(args, profile)
     chosen, placements, seconds = place_all(args, profile, current, topology, groups)
+    scheduled = _scheduled(args, profile)
     account = verdict(
         placements,
         chosen=chosen,
-        profile=profile,
+        profile=scheduled,
         holdout=holdout,
         mode=args.mode,
         topology=topology,
@@ -152,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
         parents["current"] = current.sha256
     plan = Plan(
         placement=placements[chosen],
-        schedule=Schedule.from_profile(profile, placements[chosen]),
+        schedule=Schedule.from_profile(scheduled, placements[chosen]),
         verdict=account,
         fingerprint=profile.fingerprint,
     )
@@ -167,6 +175,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(account, plan, result)
     return EXIT_OK if account["worth_it"] else EXIT_NO
+
+
+def _scheduled(args: argparse.Namespace, profile: RoutingProfile) -> RoutingProfile:
+    """What the schedule is made from: the profile, with stand-ins for unseen ids if asked for."""
+    from semantic_ep.apply.checkpoint.embedding import token_embedding
+    from semantic_ep.apply.checkpoint.reader import Checkpoint
+    from semantic_ep.plan.stand_ins import with_stand_ins
+
+    if args.embeddings is None:
+        return profile
+    checkpoint = Checkpoint.open(args.embeddings)
+    what = f"--embeddings {args.embeddings}"
+    profile.fingerprint.check(checkpoint.fingerprint(), what=what, allow_retrained=True)
+    return with_stand_ins(profile, token_embedding(checkpoint))
 
 
 def _track(args: argparse.Namespace, account: dict[str, Any]) -> None:

@@ -37,6 +37,8 @@ MIN_SEQUENCES_PER_RANK = 8
 # A start costs about the square of the experts, a search about their number: with more experts
 # than this, fewer of both keep the time of a layer about the same.
 _FULL_EFFORT_EXPERTS = 64
+# One clustering serves all layers, and no search follows: it can afford more starts than a layer.
+_REQUEST_STARTS = 3
 # Rows of a co-clustering when token ids stand in for sequences.
 _MAX_TOKEN_IDS = 4096
 
@@ -273,7 +275,7 @@ class SemanticPolicy:
             return best
         effort = min(1.0, _FULL_EFFORT_EXPERTS / experts)
         try:
-            for start in range(1 + math.ceil(self.starts * effort**2)):
+            for start in range(1 + math.ceil(_REQUEST_STARTS * self.starts * effort**3)):
                 ranks, value = cocluster(
                     rows.tables,
                     rows.weight,

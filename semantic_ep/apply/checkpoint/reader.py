@@ -1,7 +1,8 @@
 """Open a Hugging Face checkpoint without loading it: config, index, and where each tensor lies.
 
-Tensor data is never interpreted here except for router weights, which identify the model; so
-every dtype that safetensors knows (bf16, fp8, packed fp4, integers) is handled alike.
+Tensor data is never interpreted here except for router weights, which identify the model, and the
+token embedding; so every dtype that safetensors knows (bf16, fp8, packed fp4, integers) is handled
+alike.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class Checkpoint:
             layer_ids=self.shape.layer_ids,
             num_experts=self.shape.num_experts,
             top_k=self.shape.top_k,
-            router_sha256=hash_arrays(_read_float32(entry) for entry in self.routers),
+            router_sha256=hash_arrays(read_float32(entry) for entry in self.routers),
             tokenizer_sha256=hashlib.sha256(content).hexdigest() if content else "",
         )
 
@@ -371,11 +372,12 @@ def _read_shard(file: Path) -> Shard:
     return Shard(file=file, data_begin=data_begin, tensors=tuple(entries))
 
 
-def _read_float32(entry: TensorEntry) -> np.ndarray:
+def read_float32(entry: TensorEntry) -> np.ndarray:
+    """Read a tensor of floats whole; raises CheckpointError for another dtype."""
     if entry.dtype not in _FLOATS:
         raise CheckpointError(
             explain(
-                f"{entry.name} has a dtype in which no router is known to be stored",
+                f"{entry.name} has a dtype that is not read as numbers",
                 where=str(entry.file),
                 got=entry.dtype,
                 allowed=sorted(_FLOATS),
