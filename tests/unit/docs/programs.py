@@ -32,7 +32,7 @@ VALUES = {
     **{"--model": f"{RUN}/model", "--checkpoint": f"{RUN}/model", "--plan": f"{RUN}/plan"},
     **{"--profile": f"{RUN}/profile", "--holdout": f"{RUN}/holdout", "--from": "npz"},
     **{"--prompts": f"{RUN}/data/prompts.jsonl", "--router-groups": f"{RUN}/model/config.json"},
-    **{"--config": f"{RUN}/model/config.json", "--to": "sglang"},
+    **{"--config": f"{RUN}/model/config.json", "--embeddings": f"{RUN}/model", "--to": "sglang"},
     **{"--world-size": "16", "--expert-parallel": "4", "--nodes": "2", "--ep-size": "4"},
 }
 # Verbs of `semantic-ep` that need what no sandbox has, a Megatron checkpoint, or that do not end.
