@@ -1,7 +1,8 @@
 """Draw the front page's two pictures: `python -m benchmarks.pictures [--check]`.
 
-The pipeline is a drawing; the gain is drawn from the committed results of the theme `plan`. Both
-are SVG, in a light and a dark version, and the same bytes on every machine.
+The pipeline is a drawing; the gain is drawn from the committed results of the theme `plan`, and
+shown in the README once there are some. Both are SVG, in a light and a dark version, and the same
+bytes on every machine.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from semantic_ep.report.plots import DARK, LIGHT, Theme
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "pictures"
+# Between these lines the README shows the gain.
+GAIN_BEGIN, GAIN_END = "<!-- gain -->\n", "<!-- /gain -->\n"
 RESULTS = "benchmarks/results/plan_*.json"
 EP_SIZE = 8
 # Method of the theme `plan` -> how the picture names it; all baselines, ours last.
@@ -45,11 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if one is stale")
     args = parser.parse_args(argv)
+    rows = committed_rows()
+    files = {FOLDER / name: text for name, text in pictures(rows).items()}
+    readme = ROOT / "README.md"
+    files[readme] = with_gain(readme.read_text(), rows)
     stale = []
-    for name, text in pictures(committed_rows()).items():
-        path = FOLDER / name
+    for path, text in files.items():
         if not path.is_file() or path.read_text() != text:
-            stale.append(name)
+            stale.append(path.name)
             if not args.check:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(text)
@@ -75,6 +81,21 @@ def pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         if rows:
             drawn[f"gain-{theme.name}.svg"] = gain(rows, theme)
     return drawn
+
+
+def with_gain(readme: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The README with the picture of the gain, or without one where there is nothing to draw."""
+    before, _, rest = readme.partition(GAIN_BEGIN)
+    _, _, after = rest.partition(GAIN_END)
+    shown = ""
+    if rows:
+        shown = (
+            '<picture>\n<source media="(prefers-color-scheme: dark)" '
+            'srcset="docs/pictures/gain-dark.svg">\n<img src="docs/pictures/gain-light.svg" '
+            'alt="Remote copies of a token on 8 ranks, by placement method, on held-out routing of '
+            'public models; fewer are better.">\n</picture>\n'
+        )
+    return before + GAIN_BEGIN + shown + GAIN_END + after
 
 
 def remote_copies(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -38,3 +38,13 @@ def test_bars_are_as_long_as_their_numbers_and_name_the_change(theme):
     assert "gpt-oss-20b" in texts
     assert "2.00  −50 %" in texts
     assert max(float(text.get("x")) for text in tree.iter(f"{SVG}text")) < pictures.WIDTH
+
+
+def test_the_readme_shows_the_gain_once_it_is_measured():
+    readme = f"before\n{pictures.GAIN_BEGIN}{pictures.GAIN_END}after\n"
+    assert pictures.with_gain(readme, []) == readme
+    shown = pictures.with_gain(readme, rows(contiguous=[4.0]))
+    assert "docs/pictures/gain-light.svg" in shown
+    assert shown.startswith("before\n")
+    assert shown.endswith("after\n")
+    assert pictures.with_gain(shown, []) == readme
