@@ -108,8 +108,8 @@ class DispatchConfig(_Section):
     )
     overlap: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="compute a rank's own tokens while others' travel (Hugging Face models, torch "
-        "backend); auto: in calls with enough rows an expert",
+        description="compute a rank's own tokens while others' travel (Hugging Face models; "
+        "backends torch and kernels); auto: in calls with enough rows an expert",
     )
 
 

@@ -41,7 +41,7 @@ def main() -> int:
 
 def compare(args: argparse.Namespace) -> None:
     """One line a backend on rank 0."""
-    from semantic_ep.runtime.dispatch import Dispatcher
+    from semantic_ep.runtime.dispatch import Dispatcher, LocalFirstDispatcher
     from semantic_ep.runtime.kernels.dispatcher import KernelDispatcher
     from semantic_ep.runtime.stats import DispatchStats
     from semantic_ep.runtime.torch_dispatch import TorchDispatcher
@@ -66,16 +66,17 @@ def compare(args: argparse.Namespace) -> None:
         dispatched = backend.dispatch(x, slot, weight)
         return dispatched.rows_RD, backend.combine(dispatched.rows_RD, dispatched)
 
-    def own_first() -> tuple[torch.Tensor, torch.Tensor]:
-        dispatched = plain.dispatch_local_first(x, slot, weight, overlap="on")
+    def own_first(backend: LocalFirstDispatcher) -> tuple[torch.Tensor, torch.Tensor]:
+        dispatched = backend.dispatch_local_first(x, slot, weight, overlap="on")
         assert dispatched.travelling is not None
         others = dispatched.travelling.wait()
-        return others.rows_RD, plain.combine(dispatched.rows_RD, dispatched, others.rows_RD)
+        return others.rows_RD, backend.combine(dispatched.rows_RD, dispatched, others.rows_RD)
 
     passes = {
         "kernels": lambda: at_once(kernels),
         "torch (NCCL)": lambda: at_once(plain),
-        "torch (NCCL), own rows first": own_first,
+        "kernels, own rows first": lambda: own_first(kernels),
+        "torch (NCCL), own rows first": lambda: own_first(plain),
     }
     rows, sums = [], []
     times: dict[str, list[float]] = {name: [] for name in passes}
@@ -93,7 +94,9 @@ def compare(args: argparse.Namespace) -> None:
             if repeat >= 3:
                 times[name].append(begin.elapsed_time(end) * 1e3)
     assert torch.equal(rows[0], rows[1]), "rows differ"
-    assert torch.equal(sums[1], sums[2]), "own rows first change the sums"
+    assert torch.equal(rows[2], rows[3]), "others' rows differ"
+    for at_once_sums, own_first_sums in zip(sums[:2], sums[2:], strict=True):
+        assert torch.equal(at_once_sums, own_first_sums), "own rows first change the sums"
     torch.testing.assert_close(sums[0], sums[1], rtol=2e-2, atol=2e-2)
     for name, values in times.items():
         slowest = torch.tensor(statistics.median(values), device="cuda")

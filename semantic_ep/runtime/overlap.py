@@ -68,7 +68,7 @@ def splits(
     Args:
         mode: From the configuration: "auto" decides by the formula, "on" and "off" alike always.
         own_rows: Rows of this rank's own tokens.
-        other_rows: Rows of other ranks' tokens, or a lower bound.
+        other_rows: Rows of other ranks' tokens, a lower bound or an estimate.
         num_slots: Slots that share them (S).
         device: Of the experts.
         dtype: Of their weights.

@@ -138,13 +138,22 @@ def _matches_one_process(rank, ranks, backend, overlap):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
     ("backend", "overlap"),
-    [("torch", "off"), ("torch", "on"), ("reference", "off"), ("kernels-emulated", "off")],
+    [
+        ("torch", "off"),
+        ("torch", "on"),
+        ("reference", "off"),
+        ("kernels-emulated", "off"),
+        ("kernels-emulated", "on"),
+    ],
 )
 def test_outputs_and_gradients_equal_one_process_for_every_shape(backend, overlap, ranks):
     run_ranks(_matches_one_process, ranks, backend, overlap)
 
 
-def _overlap_changes_no_bit(rank, ranks):
+LOCAL_FIRST = ["torch", "kernels-emulated"]
+
+
+def _overlap_changes_no_bit(rank, ranks, backend):
     for case in CASES[ranks]:
         x, slot, weight = case.inputs(rank, ranks)
         x.requires_grad_()
@@ -154,7 +163,7 @@ def _overlap_changes_no_bit(rank, ranks):
         # The ranks need not decide alike.
         for overlap in ("off", "on", "on" if rank % 2 else "off"):
             dispatcher = create_dispatcher(
-                "torch", group=dist.group.WORLD, slots_per_rank=case.slots
+                backend, group=dist.group.WORLD, slots_per_rank=case.slots
             )
             split = dispatcher.dispatch(x, slot, weight, overlap=overlap).travelling
             assert (split is not None) == (overlap == "on")
@@ -184,11 +193,12 @@ def _overlap_changes_no_bit(rank, ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_own_rows_first_changes_neither_a_bit_of_the_output_nor_a_counter(ranks):
-    run_ranks(_overlap_changes_no_bit, ranks)
+@pytest.mark.parametrize("backend", LOCAL_FIRST)
+def test_own_rows_first_changes_neither_a_bit_of_the_output_nor_a_counter(backend, ranks):
+    run_ranks(_overlap_changes_no_bit, ranks, backend)
 
 
-def _overlapped_layer(rank, ranks):
+def _overlapped_layer(rank, ranks, backend):
     config = Qwen3MoeConfig(hidden_size=16, moe_intermediate_size=24, num_experts=3)
     torch.manual_seed(rank)
     local = Qwen3MoeExperts(config)
@@ -202,7 +212,7 @@ def _overlapped_layer(rank, ranks):
     for overlap in ("off", "on"):
         experts = SemanticExperts(
             local,
-            dispatcher=create_dispatcher("torch", group=dist.group.WORLD, slots_per_rank=3),
+            dispatcher=create_dispatcher(backend, group=dist.group.WORLD, slots_per_rank=3),
             layer=0,
             slot_table_E=torch.tensor([3, 1, 5, 0, 4, 2]),
             hidden_size=16,
@@ -217,8 +227,9 @@ def _overlapped_layer(rank, ranks):
         assert torch.allclose(plain, overlapped, rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_computes_and_learns_the_same_with_own_rows_first():
-    run_ranks(_overlapped_layer, 2)
+@pytest.mark.parametrize("backend", LOCAL_FIRST)
+def test_a_layer_computes_and_learns_the_same_with_own_rows_first(backend):
+    run_ranks(_overlapped_layer, 2, backend)
 
 
 def _computes_while_rows_travel(rank, ranks, directory):

@@ -1,10 +1,12 @@
 """One process a rank: the same kernels, over shared memory, against plain collectives."""
 
+import datetime
 import os
 import random
 import signal
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from semantic_ep.errors import BackendError, PeerFailureError
 from semantic_ep.runtime.kernels import build
 from semantic_ep.runtime.kernels.dispatcher import KernelDispatcher
+from semantic_ep.runtime.overlap import DeviceRates
 from semantic_ep.runtime.shuffle import KernelShuffle, TorchShuffle, permutation_of
 from semantic_ep.runtime.stats import DispatchStats
 from tests.distributed.launcher import run_ranks
@@ -121,6 +124,119 @@ def _fixed_rows(rank, ranks):
 
 def test_a_fixed_number_of_rows_gives_the_same_results():
     run_ranks(_fixed_rows, 2)
+
+
+def _fixed_rows_overlap(rank, ranks):
+    shape = {"tokens": 9, "hidden": 40, "slots": 3, "topk": 2, "dtype": torch.float32, "seed": 5}
+    inputs = inputs_of(rank, ranks, **shape)
+    dispatcher = dispatcher_of(3, max_tokens=16, max_rows=100)
+    assert dispatcher.dispatch_local_first(*inputs, overlap="auto").travelling is None
+    with pytest.raises(BackendError, match=r"on, max_rows = 100"):
+        dispatcher.dispatch_local_first(*inputs, overlap="on")
+
+
+def test_a_fixed_number_of_rows_is_handed_over_at_once_or_refused():
+    run_ranks(_fixed_rows_overlap, 1)
+
+
+def split_inputs(rank):
+    """Half of each token's routes to each of two ranks with two slots."""
+    draw = torch.Generator().manual_seed(rank)
+    x = torch.randn(12, 24, generator=draw)
+    slot = torch.randint(2, (12, 2), generator=draw) + torch.tensor([0, 2])
+    return x, slot, torch.rand(12, 2, generator=draw)
+
+
+def own_first_pass(dispatcher, dispatched):
+    y = torch.tanh(dispatched.rows_RD)
+    others = dispatched.travelling.wait()
+    return dispatcher.combine(y, dispatched, torch.tanh(others.rows_RD))
+
+
+def _own_rows_need_no_peer(rank, ranks, directory):
+    """Would time out if rank 0 waited for a flag: rank 1 begins once rank 0 has its own rows."""
+    store = dist.FileStore(f"{directory}/steps", ranks)
+    inputs = split_inputs(rank)
+    dispatcher = dispatcher_of(2, max_tokens=16, timeout_s=60)
+    plain = dispatcher.dispatch(*inputs)
+    expected = dispatcher.combine(torch.tanh(plain.rows_RD), plain)
+    if rank == 1:
+        store.wait(["rank 0 has its own rows"], datetime.timedelta(seconds=60))
+    dispatched = dispatcher.dispatch_local_first(*inputs, overlap="on")
+    x, slot, weight = inputs
+    order = torch.argsort(slot[:, rank], stable=True)
+    assert torch.equal(dispatched.rows_RD, x[order])
+    assert torch.equal(dispatched.weight_R, weight[order, rank])
+    if rank == 0:
+        store.set("rank 0 has its own rows", "")
+    assert torch.equal(own_first_pass(dispatcher, dispatched), expected)
+
+
+def test_own_rows_are_handed_over_before_any_peer_has_begun(tmp_path):
+    run_ranks(_own_rows_need_no_peer, 2, str(tmp_path))
+
+
+def _next_dispatch_takes_rows_in(rank, ranks):
+    dispatcher = dispatcher_of(2)
+    inputs = split_inputs(rank)
+    leaf = inputs[0].clone().requires_grad_()
+    plain = dispatcher.dispatch(*inputs)
+    expected = dispatcher.combine(torch.tanh(plain.rows_RD), plain)
+    first = dispatcher.dispatch_local_first(leaf, *inputs[1:], overlap="on")
+    with torch.no_grad():
+        second = dispatcher.dispatch_local_first(*inputs, overlap="on")
+    out = own_first_pass(dispatcher, first)
+    assert torch.equal(out, expected)
+    with pytest.raises(BackendError, match="rows of an earlier dispatch were waited for"):
+        out.sum().backward()
+    assert torch.equal(own_first_pass(dispatcher, second), expected)
+    out = own_first_pass(
+        dispatcher, dispatcher.dispatch_local_first(leaf, *inputs[1:], overlap="on")
+    )
+    out.sum().backward()
+    slope = 1 - torch.tanh(inputs[0]) ** 2
+    torch.testing.assert_close(leaf.grad, slope * inputs[2].sum(dim=1, keepdim=True))
+
+
+def test_rows_that_nobody_waited_for_are_taken_in_by_the_next_dispatch():
+    run_ranks(_next_dispatch_takes_rows_in, 2)
+
+
+def _auto_overlap(rank, ranks):
+    rates = DeviceRates(flops=2e12, bytes_per_second=1e12, element_bytes=4)
+    assert rates.rows_per_expert == 4
+    dispatcher = dispatcher_of(2, max_tokens=16)
+    x, slot, weight = split_inputs(rank)
+    cases = {
+        "enough of both": (slot, True),
+        "too few": (slot.where(torch.arange(12)[:, None] < 7, -1), False),
+        "own alone": (torch.tensor([[0, 1]]).expand(12, 2) + 2 * rank, False),
+    }
+    with mock.patch("semantic_ep.runtime.overlap.device_rates", return_value=rates):
+        for name, (routes, splits) in cases.items():
+            dispatched = dispatcher.dispatch_local_first(x, routes, weight, overlap="auto")
+            assert (dispatched.travelling is not None) == splits, name
+
+
+def test_auto_splits_where_both_parts_have_enough_rows():
+    run_ranks(_auto_overlap, 2)
+
+
+def _others_need_a_living_peer(rank, ranks):
+    inputs = split_inputs(rank)
+    dispatcher = dispatcher_of(2, max_tokens=16, timeout_s=1.5)
+    first = dispatcher.dispatch(*inputs)
+    dispatcher.combine(first.rows_RD, first)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dispatched = dispatcher.dispatch_local_first(*inputs, overlap="on")
+    assert len(dispatched.rows_RD) == 12
+    with pytest.raises(PeerFailureError, match="rank 1 did not answer within"):
+        dispatched.travelling.wait()
+
+
+def test_a_peer_killed_before_its_rows_arrive_is_an_error_of_the_wait():
+    run_ranks(_others_need_a_living_peer, 2, dying=[1])
 
 
 def _quantised_rows(rank, ranks):

@@ -18,10 +18,18 @@ from ctypes import (
 from enum import IntEnum
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_RANKS = 64
 MAX_TOPK = 16
 FLAG_BYTES = 4096
+
+
+class Part(IntEnum):
+    """Which received rows a kernel works on."""
+
+    ALL = 0
+    OWN = 1  # of this rank's tokens: no flag is waited for, none is stored
+    OTHERS = 2
 
 
 class Dtype(IntEnum):
@@ -85,7 +93,7 @@ class Launch(ctypes.Structure):
 
 _MOE_SIZES = (
     "tokens topk slots_per_rank capacity row_bytes scale_bytes row_stride scale_stride"
-    " partial_stride hidden max_rows dtype weight_words"
+    " partial_stride hidden max_rows dtype weight_words part"
 )
 _MOE_OFFSETS = "slot_count_offset record_offset row_offset scale_offset partial_offset grad_offset"
 _MOE_POINTERS = (

@@ -208,19 +208,31 @@ class Endpoint:
 
     def queue_routes(self, moe: abi.Moe) -> None:
         """Counts, sends rows with their routes, and receives the counts of all senders."""
+        self.queue_layout(moe)
+        self.queue_arrivals(moe)
+
+    def queue_layout(self, moe: abi.Moe) -> None:
+        """Counts where each token and each route goes."""
         targets = self.group.num_ranks * (1 + moe.slots_per_rank)
         counting = self._launch(
             min(self.grid.count_blocks, targets),
             self._counting_threads(-(-moe.tokens * moe.topk // self.grid.routes_per_warp)),
         )
         self.library.launch_moe("layout", moe, counting)
+
+    def queue_arrivals(self, moe: abi.Moe) -> None:
+        """Sends rows with their routes, and receives the counts of all senders."""
         self.library.launch_send(moe, self._link_launch(), with_routes=True)
+        self.queue_receive(moe)
+
+    def queue_receive(self, moe: abi.Moe) -> None:
+        """Turns counts into places; waits for all senders, unless the part is this rank's own."""
         entries = self.group.num_ranks * moe.slots_per_rank
         threads = self._counting_threads(-(-entries // _WARP))
         self.library.launch_moe("receive", moe, self._launch(1, threads))
 
     def queue_expand(self, moe: abi.Moe) -> None:
-        """Writes the received rows, one a route, sorted by slot."""
+        """Writes the rows of the part, one a route, sorted by slot."""
         self.library.launch_moe("expand", moe, self._local_launch())
 
     def queue_combine(self, moe: abi.Moe) -> None:
@@ -228,10 +240,22 @@ class Endpoint:
         self.library.launch_moe("reduce", moe, self._local_launch())
         self.library.launch_moe("pull", moe, self._link_launch())
 
+    def queue_combine_apart(self, own: abi.Moe, others: abi.Moe, whole: abi.Moe) -> None:
+        """As `queue_combine`, of rows that came in two parts."""
+        self.library.launch_moe("reduce", own, self._local_launch())
+        self.library.launch_moe("reduce", others, self._local_launch())
+        self.library.launch_moe("pull", whole, self._link_launch())
+
     def queue_combine_grad(self, moe: abi.Moe) -> None:
         """Sends the gradient of combined rows along known routes."""
         self.library.launch_send(moe, self._link_launch(), with_routes=False)
         self.library.launch_moe("expand_grad", moe, self._local_launch())
+
+    def queue_combine_grad_apart(self, own: abi.Moe, others: abi.Moe) -> None:
+        """As `queue_combine_grad`, of rows that came in two parts."""
+        self.library.launch_send(others, self._link_launch(), with_routes=False)
+        self.library.launch_moe("expand_grad", own, self._local_launch())
+        self.library.launch_moe("expand_grad", others, self._local_launch())
 
     def queue_reduce_scatter(self, shuffle: abi.Shuffle) -> None:
         """Shuffled reduce-scatter."""

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -92,6 +92,7 @@ class KernelExchange:
         self.memory, self.heap, self.device = memory, heap, device
         self._deferred = deferred
         self._kept: list[object] = []
+        self._arriving: Callable[[], object] | None = None
         self.library = load_library(device.type)
         on_gpu = device.type == "cuda"
         if timeout_s is None:
@@ -119,6 +120,11 @@ class KernelExchange:
         self._offsets = offsets
         self.key = id(self)
         _EXCHANGES[self.key] = self
+
+    @functools.cached_property
+    def side_stream(self) -> torch.cuda.Stream | None:
+        """Where rows travel while others are computed; None but on a GPU."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def moe_arguments(self, **fields: Tensor | int | None) -> abi.Moe:
         """Arguments with this group's heap; tensors become addresses."""
@@ -163,6 +169,25 @@ class KernelExchange:
             self.library.synchronize()
             self._kept.clear()
         self.endpoint.raise_failure()
+
+    def expect(self, wait: Callable[[], object] | None) -> None:
+        """Rows are on their way, and `wait` takes them in; None: it has."""
+        self._arriving = wait
+
+    def settle(self) -> None:
+        """Take in rows that nobody has waited for: the next exchange needs their buffers."""
+        if self._arriving is not None:
+            self._arriving()
+
+    def require_settled(self) -> None:
+        """Raise `BackendError` while rows are on their way: flags and buffers are theirs."""
+        if self._arriving is not None:
+            raise BackendError(
+                explain(
+                    "an exchange begins before the rows of an earlier dispatch were waited for",
+                    do="Call `travelling.wait()` of each dispatch before any backward pass",
+                )
+            )
 
     def addresses(self, fields: Mapping[str, Tensor | int | None]) -> dict[str, int | None]:
         """Arguments of kernels; tensors live until these have run."""

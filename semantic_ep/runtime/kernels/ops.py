@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from semantic_ep.runtime.kernels import abi
+from semantic_ep.runtime.kernels.endpoint import MoeHeap
 from semantic_ep.runtime.kernels.exchange import DTYPES, KernelExchange, accumulator, exchange_of
 
 _LIBRARY = torch.library.Library("semantic_ep", "DEF")
@@ -57,44 +59,55 @@ _LIBRARY.define(
 )
 
 
+def route_buffers(heap: MoeHeap, x: Tensor) -> dict[str, Tensor]:
+    """What `layout` and `expand` write about routes, by field of `abi.Moe`; not filled."""
+    tokens, ranks, received = len(x), heap.num_ranks, heap.num_ranks * heap.capacity
+    integers = {"dtype": torch.int32, "device": x.device}
+    return {
+        "rank_position": torch.empty(tokens, ranks, **integers),
+        "entry_position": torch.empty(tokens, heap.topk, **integers),
+        "rank_count": torch.empty(ranks, **integers),
+        "slot_count": torch.empty(ranks * heap.slots_per_rank, **integers),
+        "recv_count": torch.empty(ranks, **integers),
+        "expanded_row": torch.empty(received, heap.topk, **integers),
+        "source_token": torch.empty(received, **integers),
+    }
+
+
+def count_buffers(heap: MoeHeap, x: Tensor) -> dict[str, Tensor]:
+    """What `receive` writes about the rows of one part, by field of `abi.Moe`; not filled."""
+    ranks, slots = heap.num_ranks, heap.slots_per_rank
+    integers = {"dtype": torch.int32, "device": x.device}
+    return {
+        "tokens_per_slot": torch.empty(slots, **integers),
+        "slot_base": torch.empty(ranks, slots, **integers),
+        "total_rows": torch.empty(1, **integers),
+    }
+
+
 def _dispatch(
     x: Tensor, scales: Tensor | None, slot: Tensor, weight: Tensor, exchange: int, max_rows: int
 ) -> tuple[Tensor, ...]:
     owner = exchange_of(exchange)
+    owner.require_settled()
     heap = owner.heap
     x, slot, weight = x.contiguous(), slot.contiguous(), weight.contiguous()
     scales = None if scales is None else scales.contiguous()
-    tokens, ranks, slots = len(x), heap.num_ranks, heap.slots_per_rank
-    received = ranks * heap.capacity
-    integers = {"dtype": torch.int32, "device": x.device}
-    outputs = {
-        "rank_position": torch.empty(tokens, ranks, **integers),
-        "rank_count": torch.empty(ranks, **integers),
-        "slot_count": torch.empty(ranks * slots, **integers),
-        "recv_count": torch.empty(ranks, **integers),
-        "tokens_per_slot": torch.empty(slots, **integers),
-        "expanded_row": torch.empty(received, heap.topk, **integers),
-        "source_token": torch.empty(received, **integers),
-    }
-    scratch = {
-        "entry_position": torch.empty(tokens, heap.topk, **integers),
-        "slot_base": torch.empty(ranks, slots, **integers),
-        "total_rows": torch.empty(1, **integers),
-    }
+    outputs, counts = route_buffers(heap, x), count_buffers(heap, x)
     inputs = {"x": x, "scales": scales, "slot": slot, "weight": weight}
     sizes = {
-        "tokens": tokens,
+        "tokens": len(x),
         "row_bytes": x.shape[1] * x.element_size(),
         "scale_bytes": 0 if scales is None else scales.shape[1] * scales.element_size(),
         "max_rows": max_rows,
         "weight_words": weight.element_size() // 4,
     }
-    arguments = owner.moe_arguments(**sizes, **inputs, **outputs, **scratch)
+    arguments = owner.moe_arguments(**sizes, **inputs, **outputs, **counts)
     owner.endpoint.queue_routes(arguments)
     if max_rows < 0:
         # The exact number of rows is needed to allocate them: the one wait for the device.
         owner.run_queued()
-        max_rows = int(scratch["total_rows"])
+        max_rows = int(counts["total_rows"])
         owner.endpoint.raise_failure()
     rows = x.new_empty(max_rows, x.shape[1])
     row_scales = x.new_empty(0) if scales is None else scales.new_empty(max_rows, scales.shape[1])
@@ -109,7 +122,7 @@ def _dispatch(
         rows,
         row_scales,
         row_weight,
-        outputs["tokens_per_slot"],
+        counts["tokens_per_slot"],
         outputs["slot_count"],
         outputs["rank_position"],
         outputs["expanded_row"],
@@ -119,7 +132,7 @@ def _dispatch(
     )
 
 
-def _routed_arguments(owner: KernelExchange, routes: Routes, value: Tensor, **fields: Any) -> Any:
+def routed_arguments(owner: KernelExchange, routes: Routes, value: Tensor, **fields: Any) -> Any:
     """Arguments of everything that follows known routes; `value` gives dtype and width of rows."""
     return owner.moe_arguments(
         tokens=len(routes.slot_TK),
@@ -141,7 +154,7 @@ def _combine(y: Tensor, row_weight: Tensor, *rest: Any) -> Tensor:
     routes, owner = Routes(*rest[:-1]), exchange_of(rest[-1])
     y = y.contiguous()
     out = y.new_empty(len(routes.slot_TK), y.shape[1])
-    arguments = _routed_arguments(owner, routes, y, y=y, row_weight=row_weight, out=out)
+    arguments = routed_arguments(owner, routes, y, y=y, row_weight=row_weight, out=out)
     owner.endpoint.queue_combine(arguments)
     owner.after_queueing()
     return out
@@ -150,14 +163,27 @@ def _combine(y: Tensor, row_weight: Tensor, *rest: Any) -> Tensor:
 def _dispatch_backward(
     rows_grad: Tensor, row_weight_grad: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    routes, owner = Routes(*rest[:-1]), exchange_of(rest[-1])
+    return dispatch_gradient(
+        rows_grad, row_weight_grad, Routes(*rest[:-1]), exchange_of(rest[-1]), abi.Part.ALL
+    )
+
+
+def dispatch_gradient(
+    rows_grad: Tensor,
+    row_weight_grad: Tensor,
+    routes: Routes,
+    owner: KernelExchange,
+    part: abi.Part,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of weights, from those of the rows of a part."""
     rows_grad, row_weight_grad = rows_grad.contiguous(), row_weight_grad.contiguous()
     x_grad = rows_grad.new_empty(len(routes.slot_TK), rows_grad.shape[1])
     weight_grad = row_weight_grad.new_empty(routes.slot_TK.shape)
-    arguments = _routed_arguments(
+    arguments = routed_arguments(
         owner,
         routes,
         rows_grad,
+        part=part,
         y=rows_grad,
         row_grad=row_weight_grad,
         out=x_grad,
@@ -172,9 +198,10 @@ def _combine_backward(
     grad: Tensor, y: Tensor, row_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     routes, owner = Routes(*rest[:-1]), exchange_of(rest[-1])
+    owner.require_settled()
     grad, y = grad.contiguous(), y.contiguous()
     y_grad, row_weight_grad = torch.empty_like(y), torch.empty_like(row_weight)
-    arguments = _routed_arguments(
+    arguments = routed_arguments(
         owner,
         routes,
         grad,

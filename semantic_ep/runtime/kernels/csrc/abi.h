@@ -6,13 +6,17 @@
 #pragma once
 #include <cstdint>
 
-#define SEP_ABI_VERSION 1
+#define SEP_ABI_VERSION 2
 #define SEP_MAX_RANKS 64
 #define SEP_MAX_TOPK 16
 #define SEP_FLAG_BYTES 4096  // at the start of every heap: [channel][ready, free][rank] flags of 8 bytes
 
 // A channel carries one kind of exchange. Each has its own epochs, so exchanges need no global order.
 enum SepChannel { SEP_DISPATCH, SEP_COMBINE, SEP_SCATTER, SEP_GATHER, SEP_CHANNELS };
+
+// Which received rows a kernel works on. With SEP_OWN it needs no peer: it neither waits for flags nor stores any.
+// Rows of a part are numbered from 0, in the same order.
+enum SepPart { SEP_ALL, SEP_OWN, SEP_OTHERS };  // of all ranks' tokens, of this rank's, of the others'
 
 enum SepDtype { SEP_F32, SEP_F16, SEP_BF16, SEP_F64 };
 
@@ -60,6 +64,7 @@ struct SepMoe {
   int32_t max_rows;                // rows that `rows`, `row_weight` can hold
   int32_t dtype;                   // SepDtype of the combined rows
   int32_t weight_words;            // 4-byte words of a weight and of its gradient: 2 (double) with SEP_F64, else 1 (float)
+  int32_t part;                    // SepPart
   int64_t slot_count_offset, record_offset, row_offset, scale_offset, partial_offset, grad_offset;  // in a heap
 
   const int32_t* slot;       // [T, K] global physical slot, rank * S + local slot; -1: dropped route

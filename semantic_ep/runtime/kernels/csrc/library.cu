@@ -84,7 +84,11 @@ int sep_receive(const SepMoe* a, SepLaunch launch) {
   return launched();
 }
 int sep_expand(const SepMoe* a, SepLaunch launch) {
-  return with_unit(a->x, a->rows, a->row_bytes, [&](auto unit) { SEP_LAUNCH(launch, expand<decltype(unit)>, *a); });
+  return with_unit(a->x, a->rows, a->row_bytes, [&](auto unit) {
+    using Unit = decltype(unit);
+    if (a->part == SEP_OWN) SEP_LAUNCH(launch, expand_own<Unit>, *a);
+    else SEP_LAUNCH(launch, expand<Unit>, *a);
+  });
 }
 int sep_reduce(const SepMoe* a, SepLaunch launch) {
   return with_type(a->dtype, aligned(a->y, a->hidden * element_bytes(a->dtype), 16), [&](auto typed) {

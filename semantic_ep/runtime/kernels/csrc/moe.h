@@ -1,4 +1,4 @@
-// Dispatch and combine. Five kernels a layer pass and two for the gradients:
+// Dispatch and combine. Five kernels a layer pass and one more for the gradients:
 //
 //   layout   where each token and each route goes (counting, so that every place is deterministic)
 //   send     one copy of a row a (token, destination rank), with its routes; rows for the own rank stay
@@ -7,6 +7,8 @@
 //   reduce   weighted sum of a token's expert outputs on this rank, left in this rank's heap
 //   pull     sum over ranks, in rank order
 //   expand_grad  the gradient of reduce: what expand does, scaled, and the gradient of the weights
+//
+// Those after send can work on a part of the rows, so that this rank's own, which need no peer, come first.
 //
 // One slot a (token, rank) and de-duplication in the warp follow DeepEP; places are counted there by atomics.
 #pragma once
@@ -41,6 +43,11 @@ SEP_DEVICE void copy_weight(const SepMoe& a, const void* from, int64_t from_inde
   for (int i = 0; i < a.weight_words; i++)
     static_cast<int32_t*>(to)[to_index * a.weight_words + i] =
         static_cast<const int32_t*>(from)[from_index * a.weight_words + i];
+}
+
+// Whether the rows of this source rank are in the part that a kernel works on.
+SEP_DEVICE bool in_part(const SepMoe& a, int source) {
+  return a.part == SEP_ALL || (source == a.group.rank) == (a.part == SEP_OWN);
 }
 
 // Sum of `warp_total` over the warps before this one, and over all. Called by whole blocks.
@@ -200,13 +207,17 @@ __global__ void __launch_bounds__(512, 1) send_along(const __grid_constant__ Sep
   send_rows<Unit>(a, false);
 }
 
-// One block: the counts of all senders become the first row of each (slot, source rank).
+// One block: the counts of all senders become the first row of each (slot, source rank). For its own rows a rank
+// needs the counts of layout only.
 __global__ void __launch_bounds__(1024) receive(const __grid_constant__ SepMoe a) {
   const int ranks = a.group.num_ranks, lane = threadIdx.x % kWarp;
-  const uint32_t epoch = a.group.state->epoch[SEP_DISPATCH];
-  for (int peer = threadIdx.x; peer < ranks; peer += blockDim.x) {
-    const uint32_t count = wait_flag(a.group, SEP_DISPATCH, READY, peer, epoch);
-    a.recv_count[peer] = count == kPoison ? 0 : static_cast<int>(count);
+  const bool own = a.part == SEP_OWN;
+  if (!own) {
+    const uint32_t epoch = a.group.state->epoch[SEP_DISPATCH];
+    for (int peer = threadIdx.x; peer < ranks; peer += blockDim.x) {
+      const uint32_t count = wait_flag(a.group, SEP_DISPATCH, READY, peer, epoch);
+      a.recv_count[peer] = count == kPoison ? 0 : static_cast<int>(count);
+    }
   }
   __syncthreads();
   const bool failed = has_failed(a.group);
@@ -214,7 +225,8 @@ __global__ void __launch_bounds__(1024) receive(const __grid_constant__ SepMoe a
   for (int base = 0; base < ranks * a.slots_per_rank; base += blockDim.x) {
     const int i = base + threadIdx.x, slot = i / ranks, source = i % ranks;
     int count = 0;
-    if (!failed && slot < a.slots_per_rank) count = heap_slot_count(a, a.group.rank, source)[slot];
+    if (!failed && slot < a.slots_per_rank && in_part(a, source))
+      count = own ? a.slot_count[source * a.slots_per_rank + slot] : heap_slot_count(a, a.group.rank, source)[slot];
     int inclusive = count;
     for (int step = 1; step < kWarp; step *= 2) {
       const int left = __shfl_up_sync(kFullMask, inclusive, step);
@@ -234,29 +246,34 @@ __global__ void __launch_bounds__(1024) receive(const __grid_constant__ SepMoe a
   }
 }
 
-// Walks the received rows of all sources, a warp a row: visit(source rank, row of the heap).
+// Walks the received rows of a part, a warp a row: visit(source rank, row of the heap).
 template <class Visit>
 SEP_DEVICE void for_each_received_row(const SepMoe& a, const WarpIndex& w, Visit visit) {
   int source = 0, first = 0;
   for (int n = w.warp;; n += w.num_warps) {
-    while (source < a.group.num_ranks && n >= first + a.recv_count[source]) first += a.recv_count[source++];
+    for (; source < a.group.num_ranks; source++) {
+      const int rows = in_part(a, source) ? a.recv_count[source] : 0;
+      if (n < first + rows) break;
+      first += rows;
+    }
     if (source == a.group.num_ranks) return;
     visit(source, static_cast<int64_t>(source) * a.capacity + (n - first));
   }
 }
 
+// One row of the heap, or of this rank; each lane brings one of its routes, with slot -1 where there is none.
+struct Route {
+  int slot, entry;  // local slot, place among the source's routes to it
+  const void* weight;
+};
 template <class Unit>
-SEP_DEVICE void expand_row(const SepMoe& a, int source, int64_t row, int lane) {
-  const int32_t* words = record(a, a.group.rank, row);
-  const int token = words[0];
+SEP_DEVICE void expand_row(const SepMoe& a, int source, int64_t row, int token, const Route& route, int lane) {
   int target = -1;
   if (lane < a.topk) {
-    const int32_t* fields = words + 1 + route_words(a) * lane;
-    const int slot = fields[0];
-    if (slot >= 0) target = a.slot_base[source * a.slots_per_rank + slot] + fields[1];
+    if (route.slot >= 0) target = a.slot_base[source * a.slots_per_rank + route.slot] + route.entry;
     if (target >= a.max_rows) target = -1;  // reported by receive
     a.expanded_row[row * a.topk + lane] = target;
-    if (target >= 0) copy_weight(a, fields + 2, 0, a.row_weight, target);
+    if (target >= 0) copy_weight(a, route.weight, 0, a.row_weight, target);
   }
   if (lane == 0) a.source_token[row] = token;
   const uint32_t wanted = __ballot_sync(kFullMask, target >= 0);
@@ -279,8 +296,33 @@ __global__ void __launch_bounds__(512, 1) expand(const __grid_constant__ SepMoe 
   const WarpIndex w = warp_index();
   const uint32_t epoch = a.group.state->epoch[SEP_DISPATCH];
   if (!warp_has_failed(a.group))
-    for_each_received_row(a, w, [&](int source, int64_t row) { expand_row<Unit>(a, source, row, w.lane); });
+    for_each_received_row(a, w, [&](int source, int64_t row) {
+      const int32_t* words = record(a, a.group.rank, row);
+      const int32_t* fields = words + 1 + route_words(a) * w.lane;
+      Route route{-1, 0, nullptr};
+      if (w.lane < a.topk) route = {fields[0], fields[1], fields + 2};
+      expand_row<Unit>(a, source, row, words[0], route, w.lane);
+    });
   publish_free(a.group, SEP_DISPATCH, epoch);
+}
+
+// The own part of expand: what send would have written into the heap comes from layout.
+template <class Unit>
+__global__ void __launch_bounds__(512, 1) expand_own(const __grid_constant__ SepMoe a) {
+  const WarpIndex w = warp_index();
+  const int me = a.group.rank, tokens = warp_has_failed(a.group) ? 0 : a.tokens;
+  for (int token = w.warp; token < tokens; token += w.num_warps) {
+    const int place = a.rank_position[static_cast<int64_t>(token) * a.group.num_ranks + me];
+    if (place < 0) continue;
+    Route route{-1, 0, nullptr};
+    if (w.lane < a.topk) {
+      const int64_t i = static_cast<int64_t>(token) * a.topk + w.lane;
+      const int slot = a.slot[i] - me * a.slots_per_rank;
+      if (slot >= 0 && slot < a.slots_per_rank)
+        route = {slot, a.entry_position[i], static_cast<const int32_t*>(a.weight) + i * a.weight_words};
+    }
+    expand_row<Unit>(a, me, static_cast<int64_t>(me) * a.capacity + place, token, route, w.lane);
+  }
 }
 
 template <class T, int N>
@@ -288,7 +330,7 @@ __global__ void __launch_bounds__(512, 1) reduce(const __grid_constant__ SepMoe 
   using Accumulator = typename Element<T>::Accumulator;
   const WarpIndex w = warp_index();
   const T* y = static_cast<const T*>(a.y);
-  const uint32_t epoch = begin_send(a.group, SEP_COMBINE);
+  const uint32_t epoch = a.part == SEP_OWN ? 0 : begin_send(a.group, SEP_COMBINE);
   for_each_received_row(a, w, [&](int, int64_t row) {
     const int expanded = w.lane < a.topk ? a.expanded_row[row * a.topk + w.lane] : -1;
     Accumulator weight = 1;
@@ -300,7 +342,7 @@ __global__ void __launch_bounds__(512, 1) reduce(const __grid_constant__ SepMoe 
     if (a.row_grad && expanded >= 0)
       heap_grad<Accumulator>(a, a.group.rank, row)[w.lane] = static_cast<const Accumulator*>(a.row_grad)[expanded];
   });
-  publish_ready(a.group, SEP_COMBINE, epoch, [](int) { return 0u; });
+  if (a.part != SEP_OWN) publish_ready(a.group, SEP_COMBINE, epoch, [](int) { return 0u; });
 }
 
 template <class T, int N>
@@ -309,12 +351,12 @@ __global__ void __launch_bounds__(512, 1) pull(const __grid_constant__ SepMoe a)
   const WarpIndex w = warp_index();
   const int ranks = a.group.num_ranks;
   const int64_t mine = static_cast<int64_t>(a.group.rank) * a.capacity;
-  const uint32_t epoch = begin_receive(a.group, SEP_COMBINE);
+  const uint32_t epoch = a.part == SEP_OWN ? 0 : begin_receive(a.group, SEP_COMBINE);
   const int tokens = warp_has_failed(a.group) ? 0 : a.tokens;
   for (int token = w.warp; token < tokens; token += w.num_warps) {
     const int32_t* position = a.rank_position + static_cast<int64_t>(token) * ranks;
-    const int low = w.lane < ranks ? position[w.lane] : -1;
-    const int high = w.lane + kWarp < ranks ? position[w.lane + kWarp] : -1;
+    auto place = [&](int rank) { return rank < ranks && in_part(a, rank) ? position[rank] : -1; };
+    const int low = place(w.lane), high = place(w.lane + kWarp);
     const uint64_t from = __ballot_sync(kFullMask, low >= 0) |
                           static_cast<uint64_t>(__ballot_sync(kFullMask, high >= 0)) << kWarp;
     sum_rows<T, N>(
@@ -328,10 +370,10 @@ __global__ void __launch_bounds__(512, 1) pull(const __grid_constant__ SepMoe a)
       const int64_t route = static_cast<int64_t>(token) * a.topk + w.lane;
       const int slot = a.slot[route], rank = slot < 0 ? 0 : slot / a.slots_per_rank;
       static_cast<Accumulator*>(a.route_grad)[route] =
-          slot < 0 ? Accumulator(0) : heap_grad<Accumulator>(a, rank, mine + position[rank])[w.lane];
+          slot < 0 || !in_part(a, rank) ? Accumulator(0) : heap_grad<Accumulator>(a, rank, mine + position[rank])[w.lane];
     }
   }
-  publish_free(a.group, SEP_COMBINE, epoch);
+  if (a.part != SEP_OWN) publish_free(a.group, SEP_COMBINE, epoch);
 }
 
 // For each route of a received gradient row g: y_grad = weight * g, row_weight_grad = <g, y>.
@@ -365,7 +407,7 @@ SEP_DEVICE void expand_grad_row(const SepMoe& a, const T* gradient, int expanded
 template <class T, int N>
 __global__ void __launch_bounds__(512, 1) expand_grad(const __grid_constant__ SepMoe a) {
   const WarpIndex w = warp_index();
-  const uint32_t epoch = begin_receive(a.group, SEP_DISPATCH);
+  const uint32_t epoch = a.part == SEP_OWN ? 0 : begin_receive(a.group, SEP_DISPATCH);
   if (!warp_has_failed(a.group))
     for_each_received_row(a, w, [&](int source, int64_t row) {
       const bool own = source == a.group.rank;
@@ -373,5 +415,5 @@ __global__ void __launch_bounds__(512, 1) expand_grad(const __grid_constant__ Se
                               : reinterpret_cast<const T*>(heap_row(a, a.group.rank, row));
       expand_grad_row<T, N>(a, gradient, w.lane < a.topk ? a.expanded_row[row * a.topk + w.lane] : -1, w.lane);
     });
-  publish_free(a.group, SEP_DISPATCH, epoch);
+  if (a.part != SEP_OWN) publish_free(a.group, SEP_DISPATCH, epoch);
 }
