@@ -1,7 +1,7 @@
 """Real ranks over NVLink against NCCL: `torchrun --nproc-per-node 8 benchmarks/gpu/many_gpus.py`.
 
 Checks that the kernels give the rows of the torch backend bit for bit and its sums to rounding, and
-that own rows first change no bit of the latter's; times all three, interleaved.
+that own rows first change no bit of either's; times all four, interleaved.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ def protocol(library: abi.EmulatorLibrary) -> None:
     for seed in range(3):
         shape = {"topk": 3, "hidden": 16, "seed": seed, "iterations": 3}
         run_moe(library, MoeCase(tokens=(9, 5), **shape))
+        run_moe(library, MoeCase(tokens=(9, 5), own_first=(0, 1)[: 1 + seed % 2], **shape))
         run_moe(library, MoeCase(tokens=(4, 0, 6), max_resident_blocks=1, blocks=3, **shape))
         # Nothing but the flags of this channel keeps a sender from running ahead.
         run_moe(library, MoeCase(tokens=(9, 5, 7), dispatch_only=True, **shape | {"iterations": 5}))

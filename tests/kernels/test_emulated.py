@@ -38,6 +38,7 @@ def moe_cases(draw):
         max_resident_blocks=draw(st.integers(0, 2)),
         blocks=draw(st.integers(1, 3)),
         threads=draw(st.sampled_from([32, 64, 96])),
+        own_first=tuple(draw(st.sets(st.integers(0, ranks - 1)))),
     )
 
 
@@ -93,6 +94,12 @@ def test_kernels_are_right_one_at_a_time_as_memory_checkers_run_them(serial_plat
 @pytest.mark.parametrize("hidden", [32, 20, 6, 7])
 def test_rows_of_bytes_travel_with_their_scales_at_any_width(platform, hidden):
     case = MoeCase(tokens=(9, 4, 6), hidden=hidden, quantised=True, scale_bytes=4, topk=4)
+    platform.run(run_moe, case)
+
+
+@pytest.mark.parametrize("own_first", [(0, 1, 2), (1,)])
+def test_own_rows_come_apart_on_any_of_the_ranks(platform, own_first):
+    case = MoeCase(tokens=(9, 4, 6), topk=4, scale_bytes=4, iterations=3, own_first=own_first)
     platform.run(run_moe, case)
 
 

@@ -46,6 +46,10 @@ def storage(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return encode(np.full(shape, np.nan), dtype)
 
 
+# Arrays with an element a row, by field of `abi.Moe`.
+ROW_ARRAYS = ("rows", "row_scales", "row_weight", "y", "row_grad", "y_grad", "row_weight_grad")
+
+
 class Memory(Protocol):
     """Where kernels find the arrays of a test."""
 
@@ -106,6 +110,7 @@ class MoeCase:
     threads: int = EMULATED_GRID.threads
     backward: bool = True
     dispatch_only: bool = False
+    own_first: tuple[int, ...] = ()  # ranks that take their own rows apart from those of others
 
     @property
     def ranks(self) -> int:
@@ -161,7 +166,7 @@ class MoePass:
     ) -> None:
         self.case, self.rank, self.endpoint = case, rank, group.endpoints[rank]
         self._memory = group.memory
-        self._launches: list[tuple[Callable[[abi.Moe], None], abi.Moe]] = []
+        self._launches: list[tuple[Callable[..., None], list[abi.Moe]]] = []
         tokens, ranks, topk, slots = case.tokens[rank], case.ranks, case.topk, case.slots_per_rank
         self.slot_TK = draw_slots(case, tokens, rng)
         weight_type = np.float64 if case.dtype == "f64" else np.float32
@@ -173,37 +178,63 @@ class MoePass:
         self.grad_TD = encode(rng.standard_normal((tokens, case.hidden)), case.dtype)
         most = max(1, ranks * heap.capacity * topk)
         received = ranks * heap.capacity
-        self.y_RD = encode(rng.standard_normal((most, case.hidden)), case.dtype)
-        self.row_grad_R = rng.standard_normal(most).astype(weight_type)
         self.buffers: dict[str, np.ndarray] = {
             "rank_position": np.full((tokens, ranks), -7, np.int32),
             "entry_position": np.full((tokens, topk), -7, np.int32),
             "rank_count": np.zeros(ranks, np.int32),
             "slot_count": np.zeros(ranks * slots, np.int32),
             "recv_count": np.zeros(ranks, np.int32),
-            "tokens_per_slot": np.zeros(slots, np.int32),
-            "slot_base": np.zeros((ranks, slots), np.int32),
-            "total_rows": np.zeros(1, np.int32),
             "expanded_row": np.full((received, topk), -7, np.int32),
             "source_token": np.full(received, -7, np.int32),
-            "rows": np.full_like(self.x_TD, 7, shape=(most, case.hidden)),
-            "row_scales": np.zeros((most, max(1, case.scale_bytes)), np.uint8),
-            "row_weight": np.full(most, np.nan, weight_type),
+        }
+        apart = rank in case.own_first
+        # Rows of each part, and what experts and gradients make of them, by field of `abi.Moe`.
+        self.parts: dict[abi.Part, dict[str, np.ndarray]] = {
+            part: {
+                "tokens_per_slot": np.zeros(slots, np.int32),
+                "slot_base": np.zeros((ranks, slots), np.int32),
+                "total_rows": np.zeros(1, np.int32),
+                "rows": np.full_like(self.x_TD, 7, shape=(most, case.hidden)),
+                "row_scales": np.zeros((most, max(1, case.scale_bytes)), np.uint8),
+                "row_weight": np.full(most, np.nan, weight_type),
+                "y": encode(rng.standard_normal((most, case.hidden)), case.dtype),
+                "row_grad": rng.standard_normal(most).astype(weight_type),
+                "y_grad": storage((most, case.hidden), case.dtype),
+                "row_weight_grad": np.full(most, np.nan, weight_type),
+            }
+            for part in ((abi.Part.OWN, abi.Part.OTHERS) if apart else (abi.Part.ALL,))
         }
         self.out_TD = storage((tokens, case.hidden), case.dtype)
-        self.x_grad_TD = storage((tokens, case.hidden), case.dtype)
-        self.weight_grad_TK = np.full((tokens, topk), np.nan, weight_type)
-        self.y_grad_RD = storage((most, case.hidden), case.dtype)
-        self.row_weight_grad_R = np.full(most, np.nan, weight_type)
+        # Gradients of x and of weights, from each part.
+        self.input_grads = {
+            part: (
+                storage((tokens, case.hidden), case.dtype),
+                np.full((tokens, topk), np.nan, weight_type),
+            )
+            for part in self.parts
+        }
         self._common = moe_sizes(heap, case, tokens) | {
             "group": self.endpoint.group,
             "max_rows": most,
         }
 
-    def arguments(self, **changes: Any) -> abi.Moe:
-        """Of a kernel; arrays become addresses, those that all kernels use are added."""
+    def part_of(self, source: int) -> abi.Part:
+        """The part that holds the rows of a source rank."""
+        if abi.Part.ALL in self.parts:
+            return abi.Part.ALL
+        return abi.Part.OWN if source == self.rank else abi.Part.OTHERS
+
+    def arguments(self, part: abi.Part, names: str, **changes: Any) -> abi.Moe:
+        """Of a kernel; arrays become addresses, those that all kernels use are added.
+
+        Args:
+            part: That it works on.
+            names: Arrays of the part that it takes.
+            changes: Further fields.
+        """
         arrays = {"slot": self.slot_TK, "weight": self.weight_TK, **self.buffers}
-        fields = self._common | arrays | changes
+        arrays |= {name: self.parts[part][name] for name in names.split()}
+        fields = self._common | arrays | {"part": part} | changes
         return abi.Moe(
             **{
                 name: self._memory.address(value) if isinstance(value, np.ndarray) else value
@@ -214,39 +245,47 @@ class MoePass:
     def prepare(self) -> None:
         """Fix the arguments of all kernels, so that nothing but launches is left to do."""
         row_bytes = self.case.hidden * self.x_TD.itemsize
-        forward = self.arguments(x=self.x_TD, scales=self.scales, row_bytes=row_bytes)
-        end = self.endpoint
-        self._launches = [(end.queue_routes, forward), (end.queue_expand, forward)]
+        rows = "tokens_per_slot slot_base total_rows rows row_scales row_weight"
+        inputs = {"x": self.x_TD, "scales": self.scales, "row_bytes": row_bytes}
+        gradients = "y row_weight y_grad row_weight_grad"
+        end, parts = self.endpoint, list(self.parts)
+        forward = [self.arguments(part, rows, **inputs) for part in parts]
+        combine = [self.arguments(part, "y row_weight", out=self.out_TD) for part in parts]
+        combine_grad = [
+            self.arguments(part, gradients, scale_bytes=0, x=self.grad_TD) for part in parts
+        ]
+        dispatch_grad = [
+            self.arguments(part, "y row_grad", out=out, route_grad=route_grad)
+            for part, (out, route_grad) in self.input_grads.items()
+        ]
+        if len(parts) == 1:
+            self._launches = [(end.queue_routes, forward), (end.queue_expand, forward)]
+            later = [(end.queue_combine, combine)]
+            gradient = [(end.queue_combine_grad, combine_grad)]
+        else:
+            own, others = forward
+            self._launches = [
+                (end.queue_layout, [others]),
+                (end.queue_receive, [own]),
+                (end.queue_expand, [own]),
+                (end.queue_arrivals, [others]),
+                (end.queue_expand, [others]),
+            ]
+            whole = self.arguments(abi.Part.ALL, "", out=self.out_TD)
+            later = [(end.queue_combine_apart, [*combine, whole])]
+            gradient = [(end.queue_combine_grad_apart, combine_grad)]
         if self.case.dispatch_only:
             return
-        combine = self.arguments(y=self.y_RD, out=self.out_TD)
-        self._launches.append((end.queue_combine, combine))
-        if not self.case.backward:
-            return
-        combine_grad = self.arguments(
-            scale_bytes=0,
-            x=self.grad_TD,
-            y=self.y_RD,
-            y_grad=self.y_grad_RD,
-            row_weight_grad=self.row_weight_grad_R,
-        )
-        dispatch_grad = self.arguments(
-            y=self.y_RD,
-            row_weight=None,
-            row_grad=self.row_grad_R,
-            out=self.x_grad_TD,
-            route_grad=self.weight_grad_TK,
-        )
-        self._launches += [
-            (end.queue_combine_grad, combine_grad),
-            (end.queue_combine, dispatch_grad),
-        ]
+        self._launches += later
+        if self.case.backward:
+            self._launches += gradient
+            self._launches += [(end.queue_combine, [one]) for one in dispatch_grad]
 
     def queue(self) -> None:
         if not self._launches:
             self.prepare()
         for launch, arguments in self._launches:
-            launch(arguments)
+            launch(*arguments)
 
 
 def moe_heap(case: MoeCase, capacity: int | None = None) -> MoeHeap:
@@ -327,7 +366,8 @@ def run_moe(
     ]
     for one in (one for iteration in passes for one in iteration):
         if y_value is not None:
-            one.y_RD[:] = encode(y_value, case.dtype)
+            for arrays in one.parts.values():
+                arrays["y"][:] = encode(y_value, case.dtype)
         if weight is not None:
             one.weight_TK[:] = weight
     for one in (one for iteration in passes for one in iteration):
@@ -366,42 +406,46 @@ def check_moe(case: MoeCase, heap: MoeHeap, passes: list[MoePass]) -> None:
     weight_grad = [np.zeros((case.tokens[r], case.topk)) for r in range(ranks)]
     for rank, here in enumerate(passes):
         rows = expected_rows(case, passes, rank)
-        buffers = here.buffers
-        assert buffers["total_rows"][0] == len(rows)
-        per_slot = [
-            sum(r[0] == rank * case.slots_per_rank + s for r in rows)
-            for s in range(case.slots_per_rank)
-        ]
-        assert buffers["tokens_per_slot"].tolist() == per_slot
+        next_row = dict.fromkeys(here.parts, 0)
+        for part, arrays in here.parts.items():
+            slots = [slot for slot, source, *_ in rows if here.part_of(source) is part]
+            assert arrays["total_rows"][0] == len(slots)
+            first = rank * case.slots_per_rank
+            per_slot = [slots.count(first + local) for local in range(case.slots_per_rank)]
+            assert arrays["tokens_per_slot"].tolist() == per_slot
         pairs = {(source, token) for _, source, token, _ in rows}
         received = [sum(source == s for source, _ in pairs) for s in range(ranks)]
-        assert buffers["recv_count"].tolist() == received, "each (token, rank) pair travels once"
-        y = decode(here.y_RD, dtype)
-        for index, (_, source, token, k) in enumerate(rows):
-            origin = passes[source]
-            np.testing.assert_array_equal(buffers["rows"][index], origin.x_TD[token])
+        got = here.buffers["recv_count"].tolist()
+        assert got == received, "each (token, rank) pair travels once"
+        for _, source, token, k in rows:
+            origin, part = passes[source], here.part_of(source)
+            row = {name: here.parts[part][name][next_row[part]] for name in ROW_ARRAYS}
+            next_row[part] += 1
+            np.testing.assert_array_equal(row["rows"], origin.x_TD[token])
             if case.scale_bytes:
-                np.testing.assert_array_equal(buffers["row_scales"][index], origin.scales[token])
-            weight = float(origin.weight_TK[token, k])
-            assert buffers["row_weight"][index] == weight
-            weight_y[source][token, rank] += weight * y[index]
-            plain_y[source][token, rank] += y[index]
-            magnitude[source][token] += abs(weight * y[index])
-            plain_magnitude[source][token] += abs(y[index])
-            weight_grad[source][token, k] = here.row_grad_R[index]
+                np.testing.assert_array_equal(row["row_scales"], origin.scales[token])
+            weight, y = float(origin.weight_TK[token, k]), decode(row["y"], dtype)
+            assert row["row_weight"] == weight
+            weight_y[source][token, rank] += weight * y
+            plain_y[source][token, rank] += y
+            magnitude[source][token] += abs(weight * y)
+            plain_magnitude[source][token] += abs(y)
+            weight_grad[source][token, k] = row["row_grad"]
             if not case.backward or case.dispatch_only:
                 continue
             g = decode(origin.grad_TD[token], dtype)
-            close(decode(here.y_grad_RD[index], dtype), weight * g, abs(weight * g), dtype)
-            dot, size = g @ y[index], np.abs(g) @ np.abs(y[index])
-            assert abs(here.row_weight_grad_R[index] - dot) <= ACCUMULATION[dtype] * size + 1e-30
+            close(decode(row["y_grad"], dtype), weight * g, abs(weight * g), dtype)
+            dot, size = g @ y, np.abs(g) @ np.abs(y)
+            assert abs(row["row_weight_grad"] - dot) <= ACCUMULATION[dtype] * size + 1e-30
     for rank, here in enumerate([] if case.dispatch_only else passes):
         check_sum(here.out_TD, weight_y[rank], magnitude[rank], dtype)
-        if case.backward:
-            check_sum(here.x_grad_TD, plain_y[rank], plain_magnitude[rank], dtype)
-            np.testing.assert_array_equal(
-                here.weight_grad_TK, weight_grad[rank].astype(here.weight_grad_TK.dtype)
-            )
+        if not case.backward:
+            continue
+        for part, (x_grad_TD, _) in here.input_grads.items():
+            columns = [source for source in range(ranks) if here.part_of(source) is part]
+            check_sum(x_grad_TD, plain_y[rank][:, columns], plain_magnitude[rank], dtype)
+        got = sum(weight_grad_TK for _, weight_grad_TK in here.input_grads.values())
+        np.testing.assert_array_equal(got, weight_grad[rank].astype(got.dtype))
 
 
 def check_sum(got: np.ndarray, parts_TGD: np.ndarray, magnitude: np.ndarray, dtype: str) -> None:
