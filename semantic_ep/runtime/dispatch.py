@@ -130,6 +130,8 @@ class LocalFirstDispatcher(Dispatcher, Protocol):
     ) -> Dispatched:
         """As `dispatch`; `Dispatched.travelling` is set if this call is split.
 
+        Then the inputs must keep their values until `travelling.wait()`: they may be sent later.
+
         See `semantic_ep.runtime.overlap.splits`.
         """
         ...
