@@ -153,11 +153,15 @@ def _in_background(function):
     return thread, results
 
 
-def test_when_a_rank_is_killed_requests_end_with_an_error_and_the_server_exits(model):
-    server = Server(model, 2)
+def test_in_attention_tp_answers_are_the_same_and_end_with_an_error_when_a_rank_is_killed(
+    model, server
+):
+    alone = server
+    server = Server(model, 2, "--semantic-ep-serve-attention", "tp")
     try:
-        asked = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
-        assert server.post(**asked | {"max_tokens": 3}).status_code == 200
+        asked = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
+        short = asked | {"max_tokens": 12}
+        assert server.post(**short).json()["choices"] == alone.post(**short).json()["choices"]
         thread, answers = _in_background(lambda: server.post(**asked))
         time.sleep(0.3)
         server.ranks[1].send_signal(signal.SIGKILL)
