@@ -93,7 +93,7 @@ def placed_engine(*args, **options):
     return start(tiny_model(), placed_config(*args, **options))
 
 
-# Adam hides gradients of a wrong scale, and blows up the rounding of those near zero.
+# Adam hides gradients of a wrong scale.
 PLAIN_DESCENT = {
     "optimizer": {"type": "SGD", "params": {"lr": 0.3}},
     "zero_allow_untested_optimizer": True,
