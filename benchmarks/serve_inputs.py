@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -119,6 +117,8 @@ def planted_inputs(
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    from semantic_ep.integrations.routes import record_routes
+
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -140,7 +140,7 @@ def planted_inputs(
     model.save_pretrained(directory)
     draw = np.random.default_rng(seed)
     profiled, heldout = (
-        _trace(model.eval(), [_prompt(draw, longest) for _ in range(RANDOM_REQUESTS)])
+        record_routes(model.eval(), [_prompt(draw, longest) for _ in range(RANDOM_REQUESTS)])
         for _ in range(2)
     )
     return Inputs(
@@ -157,32 +157,3 @@ def _prompt(draw: np.random.Generator, longest: int) -> list[int]:
     words = draw.integers(0, VOCAB // TOPICS - 1, size=int(draw.integers(4, longest)))
     ids: list[int] = (words * TOPICS + draw.integers(TOPICS)).tolist()
     return ids
-
-
-def _trace(model: Any, requests: Sequence[Sequence[int]]) -> RoutingTrace:
-    """Routes of requests, as the routers of a Hugging Face model choose them."""
-    import torch
-
-    from semantic_ep.integrations.transformers import find_moe_layers, model_fingerprint
-
-    chosen: list[torch.Tensor] = []
-    hooks = [
-        model.get_submodule(site.router).register_forward_hook(
-            lambda _module, _args, output: chosen.append(output[2])
-        )
-        for site in find_moe_layers(model)
-    ]
-    routes = []
-    with torch.inference_mode():
-        for ids in requests:
-            chosen.clear()
-            model(input_ids=torch.tensor([ids]), use_cache=False)
-            routes.append(torch.stack(chosen, dim=1).numpy())
-    for hook in hooks:
-        hook.remove()
-    return RoutingTrace(
-        fingerprint=model_fingerprint(model),
-        experts=np.concatenate(routes).astype(np.uint8),
-        offsets=np.cumsum([0, *map(len, requests)]),
-        token_id=np.concatenate([np.asarray(ids) for ids in requests]).astype(np.int32),
-    )

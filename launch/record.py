@@ -14,16 +14,13 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from semantic_ep.errors import ConfigError, SemanticEPError, explain
-from semantic_ep.integrations.transformers import find_moe_layers, model_fingerprint
+from semantic_ep.integrations.routes import record_routes
 from semantic_ep.observe.formats import write_npz_trace
-from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.serve.requests import read_requests
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,35 +40,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.output.suffix != ".npz":
         parser.error(f"--output must end in .npz, and is {args.output}")
     return args
-
-
-def route(model: Any, prompts: list[list[int]]) -> RoutingTrace:
-    """Send each prompt through the model; one request a prompt, with token ids."""
-    chosen: list[torch.Tensor] = []
-    hooks = [
-        model.get_submodule(site.router).register_forward_hook(
-            lambda _module, _args, output: chosen.append(output[2].cpu())
-        )
-        for site in find_moe_layers(model)
-    ]
-    routes = []
-    try:
-        with torch.inference_mode():
-            for ids in tqdm(prompts, desc="route", disable=None):
-                chosen.clear()
-                token_id = torch.tensor([ids], device=model.device)
-                # Logits of the last position alone: nothing is generated.
-                model(input_ids=token_id, use_cache=False, logits_to_keep=1)
-                routes.append(torch.stack(chosen, dim=1).numpy())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return RoutingTrace(
-        fingerprint=model_fingerprint(model),
-        experts=np.concatenate(routes).astype(np.uint16),
-        offsets=np.cumsum([0, *map(len, prompts)]),
-        token_id=np.concatenate([np.asarray(ids) for ids in prompts]).astype(np.int32),
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     model = model.to("cuda" if cuda else "cpu").eval()
     described = [{k: v for k, v in request.row.items() if k != "text"} for request in requests]
     trace = dataclasses.replace(
-        route(model, [request.prompt for request in requests]), requests=tuple(described)
+        record_routes(model, tqdm([r.prompt for r in requests], desc="route", disable=None)),
+        requests=tuple(described),
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_npz_trace(trace, args.output)
