@@ -23,15 +23,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.registry import Result, Table
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
-from semantic_ep.plan.bounds import oracle_home_ranks
+from semantic_ep.plan.bounds import KnownRoutes, oracle_home_ranks
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.predictor_choice import choose_predictor
-from semantic_ep.plan.predictors import multihot
 from semantic_ep.plan.samples import Evidence
 from semantic_ep.plan.slices import BATCH_TOKENS
 from semantic_ep.plan.solver import SemanticPolicy
@@ -109,23 +106,3 @@ def _levels(
     for name, place in where.items():
         levels[name] = evaluate(place, evaluated, oracle_home_ranks(place, evaluated, mode))
     return [{"level": name, **cost.mean()} for name, cost in levels.items()]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KnownRoutes:
-    """Predicts exactly what a trace did: an oracle.
-
-    Attributes:
-        trace: The trace.
-        homes_count: False hides the routes from the choice of homes, so that a placement is planned
-            for the ranks that tokens touch alone.
-    """
-
-    trace: RoutingTrace
-    homes_count: bool = True
-
-    def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
-        """[T, E] float32, 1 for the experts that tokens activate."""
-        assert trace is self.trace
-        hot = multihot(trace.experts[rows, layer], trace.fingerprint.num_experts)
-        return hot if self.homes_count else np.zeros_like(hot)

@@ -7,16 +7,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semantic_ep.errors import ConfigError, explain
+from semantic_ep.errors import ConfigError, explain, nearest
 
 if TYPE_CHECKING:
     from semantic_ep.observe.profile import RoutingProfile
+    from semantic_ep.observe.traces import RoutingTrace
+    from semantic_ep.plan.compared import Compared
     from semantic_ep.plan.placement import Placement
     from semantic_ep.plan.plan import Plan
     from semantic_ep.plan.policies import PlacementPolicy
     from semantic_ep.topology import Topology
 
-COMPARED = ("contiguous", "random", "eplb")
 CURRENT = "current"  # row of the placement in force
 
 
@@ -26,8 +27,8 @@ def place_all(
     current: Plan | None,
     topology: Topology,
     groups: int,
-) -> tuple[str, dict[str, Placement], dict[str, float]]:
-    """Solve for the policy and what it is compared with.
+) -> tuple[str, dict[str, Placement], dict[str, float], dict[str, str]]:
+    """Solve for what the policy is compared with, and for the policy, which may start from that.
 
     Args:
         args: The verb's arguments.
@@ -37,8 +38,10 @@ def place_all(
         groups: Router groups to keep whole; placements that do not are left out.
 
     Returns:
-        Name of the chosen placement; placements by name, the chosen one last; seconds by name.
+        Name of the chosen placement; placements by name, the chosen one last; seconds by name;
+        baselines that were left out, and why.
     """
+    from semantic_ep.plan.compared import place_baselines
     from semantic_ep.plan.moving import relabel_ranks
     from semantic_ep.plan.replicas import REQUESTS_SCHEDULED, TOKENS_SCHEDULED, add_replicas
     from semantic_ep.plan.router_groups import check_router_groups
@@ -46,20 +49,27 @@ def place_all(
     spare = _spare_slots(args, profile)
     experts = profile.fingerprint.num_experts
     check_router_groups(groups, num_experts=experts, ep_size=args.ep_size)
-    placements: dict[str, Placement] = {}
-    seconds: dict[str, float] = {}
-    for name in [name for name in COMPARED if name != args.policy] + [args.policy]:
-        started = time.perf_counter()
-        placed = _policy(name, args, groups).place(
-            profile,
-            ep_size=args.ep_size,
-            seed=args.seed,
-            time_limit=args.time_limit,
-            topology=topology,
-        )
-        if groups == 1 or _keeps_groups(placed, groups, name, args):
-            placements[name] = placed
-            seconds[name] = time.perf_counter() - started
+    compared = place_baselines(
+        profile,
+        [name for name in _baselines(args) if name != args.policy],
+        ep_size=args.ep_size,
+        seed=args.seed,
+        time_limit=args.time_limit,
+        topology=topology,
+        router_groups=groups,
+    )
+    placements, seconds = dict(compared.placements), dict(compared.seconds)
+    started = time.perf_counter()
+    placements[args.policy] = _policy(args.policy, args, groups, compared).place(
+        profile,
+        ep_size=args.ep_size,
+        seed=args.seed,
+        time_limit=args.time_limit,
+        topology=topology,
+    )
+    seconds[args.policy] = time.perf_counter() - started
+    if groups != 1:
+        _check_groups(placements[args.policy], groups, args)
     chosen = args.policy
     wanted = placements[chosen]
     if spare:
@@ -78,11 +88,59 @@ def place_all(
         shared = args.mode == "requests"
         wanted = relabel_ranks(wanted, current.placement, shared_ranks=shared, topology=topology)
     placements.pop(chosen, None)  # the chosen one goes last
-    return chosen, {**placements, chosen: wanted}, seconds
+    left_out = {name: why for name, why in compared.left_out.items() if name != args.policy}
+    return chosen, {**placements, chosen: wanted}, seconds, left_out
 
 
-def _policy(name: str, args: argparse.Namespace, router_groups: int) -> PlacementPolicy:
-    """The policy of that name, as the mode and the router need it."""
+def ceiling_placement(
+    args: argparse.Namespace, holdout: RoutingTrace, topology: Topology, groups: int
+) -> Placement | None:
+    """The placement of `--ceiling placement`, which knows the held-out routes; None without.
+
+    It holds each expert once, like a plan without `--redundant-slots`.
+    """
+    from semantic_ep.plan.bounds import oracle_placement
+    from semantic_ep.plan.solver import SemanticPolicy
+
+    if args.ceiling == "homes":
+        return None
+    ours = SemanticPolicy(
+        mode="requests" if args.mode == "requests" else "tokens", router_groups=groups
+    )
+    return oracle_placement(
+        ours,
+        holdout,
+        ep_size=args.ep_size,
+        seed=args.seed,
+        time_limit=args.time_limit,
+        topology=topology,
+    )
+
+
+def _baselines(args: argparse.Namespace) -> tuple[str, ...]:
+    """The baselines to compare with; unknown names are refused."""
+    from semantic_ep.plan.compared import BASELINES
+
+    names: tuple[str, ...] = BASELINES if args.baselines == ["all"] else tuple(args.baselines)
+    for name in names:
+        if name not in BASELINES:
+            close = nearest(name, BASELINES)
+            raise ConfigError(
+                explain(
+                    "unknown baseline",
+                    where="--baselines",
+                    got=name,
+                    allowed=["all", *BASELINES],
+                    do=f'Did you mean "{close}"?' if close else "Choose some of them, or all",
+                )
+            )
+    return names
+
+
+def _policy(
+    name: str, args: argparse.Namespace, router_groups: int, compared: Compared
+) -> PlacementPolicy:
+    """The policy of that name, as the mode and the router need it; ours starts from the others."""
     import dataclasses
 
     from semantic_ep.plan.policies import policy
@@ -91,7 +149,7 @@ def _policy(name: str, args: argparse.Namespace, router_groups: int) -> Placemen
     requests = name == "semantic" and args.mode == "requests"
     found = policy("semantic-requests" if requests else name)
     if isinstance(found, SemanticPolicy):
-        return dataclasses.replace(found, router_groups=router_groups)
+        return dataclasses.replace(found, router_groups=router_groups, known=compared.even)
     return found
 
 
@@ -118,22 +176,20 @@ def router_groups(args: argparse.Namespace) -> int:
     return groups
 
 
-def _keeps_groups(placement: Placement, groups: int, name: str, args: argparse.Namespace) -> bool:
-    """Whether a checkpoint can carry the placement; the policy asked for must see to that."""
+def _check_groups(placement: Placement, groups: int, args: argparse.Namespace) -> None:
+    """Refuse a policy whose placement no checkpoint can carry."""
+    from semantic_ep.plan.compared import is_even
     from semantic_ep.plan.router_groups import mixed_blocks
 
-    table = placement.physical_to_logical_map
-    fits = table.shape[1] == placement.num_experts and not mixed_blocks(table, groups).size
-    if not fits and name == args.policy:
+    if not is_even(placement) or mixed_blocks(placement.physical_to_logical_map, groups).size:
         raise ConfigError(
             explain(
                 "the policy does not keep router groups whole",
                 where="--policy with --router-groups",
-                got=f"{name}, {groups} groups",
+                got=f"{args.policy}, {groups} groups",
                 allowed="semantic, contiguous",
             )
         )
-    return fits
 
 
 def _spare_slots(args: argparse.Namespace, profile: RoutingProfile) -> int:

@@ -99,7 +99,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all-to-all",
         help="how tokens reach experts; all-gather sends every token everywhere",
     )
-    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for the solver")
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help="published placements to compare with and to start from, besides contiguous "
+        "(default: all; with hundreds of experts some take minutes)",
+    )
+    parser.add_argument(
+        "--ceiling",
+        choices=("homes", "placement"),
+        default="homes",
+        help="what may know the held-out routes: home ranks on the placement of the plan, or the "
+        "placement too, which takes a second solve on the held-out requests (default: homes)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="S",
+        help="seconds for the solver, and as many for all baselines together; those that have not "
+        "begun by then are left out, and named",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
     parser.add_argument("--dry-run", action="store_true", help="judge, but write nothing")
@@ -120,7 +141,7 @@ def add_topology_arguments(parser: argparse.ArgumentParser) -> argparse._Mutuall
 def run(args: argparse.Namespace) -> int:
     """Solve, judge, print, write."""
     from semantic_ep.cli import EXIT_NO, EXIT_OK
-    from semantic_ep.cli.placements import CURRENT, place_all, router_groups
+    from semantic_ep.cli.placements import CURRENT, ceiling_placement, place_all, router_groups
     from semantic_ep.observe.profile import RoutingProfile
     from semantic_ep.observe.traces import RoutingTrace
     from semantic_ep.plan.plan import Plan
@@ -138,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     _check_affinity(profile, args)
     topology = topology_of(args, args.ep_size)
     current = _current(args, profile)
-    chosen, placements, seconds = place_all(args, profile, current, topology, groups)
+    chosen, placements, seconds, left_out = place_all(args, profile, current, topology, groups)
     scheduled = _scheduled(args, profile)
     account = verdict(
         placements,
@@ -151,6 +172,8 @@ def run(args: argparse.Namespace) -> int:
         in_force="contiguous" if current is None else CURRENT,
         horizon_tokens=args.horizon_tokens,
         without_copies=args.policy if args.redundant_slots else None,
+        left_out=left_out,
+        known=ceiling_placement(args, holdout, topology, groups),
     )
     for row in account["policies"]:
         row["solve_seconds"] = seconds.get(row["policy"], 0.0)
@@ -341,8 +364,17 @@ def _print(account: dict[str, Any], plan: Any, result: dict[str, Any]) -> None:
     console.print(f"remote copies saved, 95 % interval over requests: {low:.1%} to {high:.1%}")
     console.print(
         f"LAR: floor {bounds['floor_lar']:.3f} (blind), ceiling {bounds['ceiling_lar']:.3f} (homes "
-        "chosen knowing the routes, same placement)"
+        f"chosen knowing the routes, same placement: {bounds['ceiling_remote_copies']:.3f} remote "
+        "copies)"
     )
+    if bounds["placement_ceiling_lar"] is None:
+        console.print("ceiling of other placements: not sought (--ceiling placement)")
+    else:
+        console.print(
+            f"ceiling of placements and homes that know the routes: LAR "
+            f"{bounds['placement_ceiling_lar']:.3f}, "
+            f"{bounds['placement_ceiling_remote_copies']:.3f} remote copies (as far as searched)"
+        )
     if "moves" in account:
         moves = account["moves"]
         console.print(
@@ -353,5 +385,8 @@ def _print(account: dict[str, Any], plan: Any, result: dict[str, Any]) -> None:
         console.print(account["effect"]["summary"])
     if account["copies"] is not None:
         console.print(account["copies"]["summary"])
+    best = account["best_baseline"]
+    for name, why in ({} if best is None else best["left_out"]).items():
+        console.print(f"not among the baselines: {name}, {why}")
     console.print(account["summary"])
     console.print(f"written to {result['output']}" if result["output"] else "dry run: not written")

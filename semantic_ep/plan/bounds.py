@@ -2,32 +2,114 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 
+from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.placement import Placement
+from semantic_ep.plan.predictors import multihot
 from semantic_ep.plan.requests import assign_in_windows
+from semantic_ep.plan.samples import Evidence
 from semantic_ep.plan.slices import BATCH_TOKENS, slices_in_batches
+from semantic_ep.plan.solver import Mode, SemanticPolicy
+from semantic_ep.topology import Topology
 
 _DRAWS = 1000
 
 
-def bounds(placement: Placement, trace: RoutingTrace, mode: str) -> dict[str, float]:
+def bounds(
+    placement: Placement, trace: RoutingTrace, mode: Mode, *, known: Placement | None = None
+) -> dict[str, Any]:
     """Floor and ceiling of a placement's LAR and remote copies on a trace.
 
     The floor is a home rank chosen blindly. The ceiling is the home that knows the true routes,
     under the same equal slices or windows; no predictor can pass it on this placement.
+
+    Args:
+        placement: The placement judged.
+        trace: Requests to judge on.
+        mode: What gets a home rank.
+        known: A placement that knows the true routes (`oracle_placement`): the ceiling is then also
+            that of placement and homes together.
+
+    Returns:
+        `floor_lar`, `ceiling_lar` and `ceiling_remote_copies`; `placement_ceiling_lar` and
+        `placement_ceiling_remote_copies`, None without `known`.
     """
     ceiling = evaluate(placement, trace, oracle_home_ranks(placement, trace, mode)).mean()
+    best: dict[str, float | None] = {"lar": None, "remote_copies": None}
+    if known is not None:
+        found = evaluate(known, trace, oracle_home_ranks(known, trace, mode)).mean()
+        # What the plan itself reaches is possible too; each figure has its own best placement.
+        best = {
+            "lar": max(found["lar"], ceiling["lar"]),
+            "remote_copies": min(found["remote_copies"], ceiling["remote_copies"]),
+        }
     return {
         "floor_lar": 1 / placement.ep_size,
         "ceiling_lar": ceiling["lar"],
         "ceiling_remote_copies": ceiling["remote_copies"],
+        "placement_ceiling_lar": best["lar"],
+        "placement_ceiling_remote_copies": best["remote_copies"],
     }
 
 
-def oracle_home_ranks(placement: Placement, trace: RoutingTrace, mode: str) -> np.ndarray:
+def oracle_placement(
+    policy: SemanticPolicy,
+    trace: RoutingTrace,
+    *,
+    ep_size: int,
+    seed: int = 0,
+    time_limit: float | None = None,
+    topology: Topology | None = None,
+) -> Placement:
+    """Plan on the very routes that a plan is judged on.
+
+    The search is heuristic: this is what is known to be possible, not a proof of what is not.
+
+    Args:
+        policy: The solver as it plans otherwise; evidence is replaced by the true routes.
+        trace: The requests judged on.
+        ep_size: EP ranks (G).
+        seed: See `PlacementPolicy.place`, as are the others.
+        time_limit: Seconds.
+        topology: Nodes of the ranks.
+    """
+    routes = Evidence(trace=trace, predictor=KnownRoutes(trace=trace))
+    return dataclasses.replace(policy, evidence=routes).place(
+        RoutingProfile.from_trace(trace),
+        ep_size=ep_size,
+        seed=seed,
+        time_limit=time_limit,
+        topology=topology,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownRoutes:
+    """Predicts exactly what a trace did: an oracle.
+
+    Attributes:
+        trace: The trace.
+        homes_count: False hides the routes from the choice of homes, so that a placement is planned
+            for the ranks that tokens touch alone.
+    """
+
+    trace: RoutingTrace
+    homes_count: bool = True
+
+    def training_scores(self, trace: RoutingTrace, layer: int, rows: np.ndarray) -> np.ndarray:
+        """[T, E] float32, 1 for the experts that tokens activate."""
+        assert trace is self.trace
+        hot = multihot(trace.experts[rows, layer], trace.fingerprint.num_experts)
+        return hot if self.homes_count else np.zeros_like(hot)
+
+
+def oracle_home_ranks(placement: Placement, trace: RoutingTrace, mode: Mode) -> np.ndarray:
     """Home ranks of most local activations, knowing the routes: [N] for requests, else [N, L]."""
     layers, ranks = placement.num_layers, placement.ep_size
     held = placement.expert_on_rank.astype(np.float32)

@@ -83,6 +83,39 @@ def cocluster(
     return best, best_value
 
 
+def value_of(
+    tables: list[sparse.csr_array],
+    weight: np.ndarray,
+    rank_LE: np.ndarray,
+    ep_size: int,
+    *,
+    pairs_LEE: np.ndarray,
+    load_cap: float,
+) -> float:
+    """What `cocluster` maximises, for experts as they are placed and rows on the ranks they choose.
+
+    Args:
+        tables: See `cocluster`, as are the others.
+        weight: [N] tokens in each row.
+        rank_LE: [L, E] rank of each expert.
+        ep_size: Clusters (G).
+        pairs_LEE: [L, E, E] share saved by two experts on one rank.
+        load_cap: Load of a rank from which the penalty counts.
+    """
+    stacked = sparse.csr_array(sparse.hstack(tables))
+    held_NG = _on_ranks(stacked, rank_LE, ep_size)
+    rank_N = choose_ranks(held_NG / weight[:, None], weight)
+    value = float(held_NG[np.arange(len(weight)), rank_N].sum()) / (float(stacked.sum()) or 1.0)
+    for table, rank_E, pairs_EE in zip(tables, rank_LE, pairs_LEE, strict=True):
+        load_E = np.asarray(table.sum(axis=0)).ravel()
+        share_E = load_E * (ep_size / max(float(load_E.sum()), 1e-12))
+        load_G = np.bincount(rank_E, weights=share_E, minlength=ep_size)
+        together = float(pairs_EE[rank_E[:, None] == rank_E].sum() - np.trace(pairs_EE)) / 2
+        penalty = LOAD_PENALTY / ep_size * float(_excess(load_G, load_cap).sum())
+        value += (together - penalty) / len(tables)
+    return value
+
+
 def place_experts(
     gain_GE: np.ndarray,
     pairs_EE: np.ndarray,

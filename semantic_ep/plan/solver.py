@@ -18,12 +18,19 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
+from semantic_ep.errors import PlacementError, explain
 from semantic_ep.observe.profile import RoutingProfile
-from semantic_ep.plan.coclustering import choose_ranks, cocluster
+from semantic_ep.plan.coclustering import choose_ranks, cocluster, value_of
 from semantic_ep.plan.load_budget import LoadBudget
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import register
-from semantic_ep.plan.router_groups import balanced_ranks, check_router_groups, nested
+from semantic_ep.plan.request_rows import RequestRows, request_rows
+from semantic_ep.plan.router_groups import (
+    balanced_ranks,
+    check_router_groups,
+    mixed_blocks,
+    nested,
+)
 from semantic_ep.plan.samples import Evidence, LayerSample, sample_layer
 from semantic_ep.plan.search import SwapSearch, saving_by_pairs
 from semantic_ep.topology import Topology
@@ -32,15 +39,11 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["requests", "tokens"]
 
-# With fewer sequences in a profile, clusters of them would be clusters of accidents.
-MIN_SEQUENCES_PER_RANK = 8
 # A start costs about the square of the experts, a search about their number: with more experts
 # than this, fewer of both keep the time of a layer about the same.
 _FULL_EFFORT_EXPERTS = 64
 # One clustering serves all layers, and no search follows: it can afford more starts than a layer.
 _REQUEST_STARTS = 3
-# Rows of a co-clustering when token ids stand in for sequences.
-_MAX_TOKEN_IDS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,10 @@ class SemanticPolicy:
             co-locates experts and leaves requests little to choose from: copies fall most, LAR
             hardly rises. On the traces we have, 0.3 gives up an eighth of the copies saved for
             half as much LAR again above the floor.
+        known: Placements by others, each expert once and equally many a rank, to start from too.
+            By the objective planned for, which charges load beyond the cap, the plan is then worse
+            than none of them (of several nodes: in the choice of nodes, which comes first). Those
+            that break router groups are left out.
     """
 
     mode: Mode = "tokens"
@@ -72,6 +79,7 @@ class SemanticPolicy:
     evidence: Evidence | None = None
     router_groups: int = 1
     pair_weight: float = 0.3
+    known: tuple[Placement, ...] = ()
 
     @property
     def name(self) -> str:
@@ -99,9 +107,10 @@ class SemanticPolicy:
         if ep_size == 1:
             return contiguous
         started = time.monotonic()
+        given = self._given(contiguous)
         if self.mode == "requests":
             deadline = None if time_limit is None else started + time_limit
-            ranks = self._place_requests(profile, ep_size, seed, deadline, topology)
+            ranks = self._place_requests(profile, given, ep_size, seed, deadline, topology)
             return Placement.from_rank_of_expert(ranks, ep_size=ep_size)
         budget = LoadBudget(profile, ep_size=ep_size, allowed=self.max_load, seed=seed)
         ranks = contiguous.rank_of_expert.astype(np.int64)
@@ -112,7 +121,7 @@ class SemanticPolicy:
                 if time_limit is not None:
                     deadline = started + time_limit * (layer + 1) / layers
                 sample = sample_layer(profile, self.evidence, layer, ep_size=ep_size, seed=seed)
-                known = [ranks[layer], balanced[layer]]
+                known = [ranks[layer], balanced[layer], *(rank_LE[layer] for rank_LE in given)]
                 ranks[layer] = self._place_layer(
                     sample, known, budget.cap(), ep_size, (seed, layer), deadline, topology
                 )
@@ -120,6 +129,27 @@ class SemanticPolicy:
         except KeyboardInterrupt:
             logger.warning("interrupted: layers from %d on keep contiguous placement", layer)
         return Placement.from_rank_of_expert(ranks, ep_size=ep_size)
+
+    def _given(self, like: Placement) -> list[np.ndarray]:
+        """[L, E] ranks of the known placements that can be starts; checks all of them."""
+        wanted = (like.physical_to_logical_map.shape, like.num_experts, like.ep_size)
+        for other in self.known:
+            found = (other.physical_to_logical_map.shape, other.num_experts, other.ep_size)
+            if found != wanted:
+                raise PlacementError(
+                    explain(
+                        "a known placement does not fit the profile, or its ranks hold different "
+                        "numbers of experts",
+                        where="SemanticPolicy.known",
+                        got=f"(layers, slots), experts, ranks {found}",
+                        allowed=f"{wanted}",
+                    )
+                )
+        return [
+            other.rank_of_expert.astype(np.int64)
+            for other in self.known
+            if not mixed_blocks(other.physical_to_logical_map, self.router_groups).size
+        ]
 
     def _place_layer(
         self,
@@ -218,6 +248,7 @@ class SemanticPolicy:
     def _place_requests(
         self,
         profile: RoutingProfile,
+        known: list[np.ndarray],
         ep_size: int,
         seed: int,
         deadline: float | None,
@@ -231,51 +262,71 @@ class SemanticPolicy:
             fingerprint.top_k,
         )
         rng = np.random.default_rng(seed)
-        tables, weight = _request_rows(profile, ep_size, rng)
+        tables, weight = request_rows(profile, ep_size, rng)
         pairs = [
             saving_by_pairs(together, tokens=profile.tokens, top_k=top_k, ep_size=ep_size)
             * (self.pair_weight / top_k)
             for together in profile.coactivation
         ]
         cap = LoadBudget(profile, ep_size=ep_size, allowed=self.max_load, seed=seed).cap()
-        rows = _RequestRows(tables=tables, weight=weight, pairs_LEE=np.stack(pairs))
+        rows = RequestRows(tables=tables, weight=weight, pairs_LEE=np.stack(pairs))
         groups = self.router_groups
         per_node = _equal_nodes(topology, ep_size, groups)
         if per_node is None:
-            return self._cluster_requests(rows, cap, ep_size, rng, deadline, groups)
+            return self._cluster_requests(rows, known, cap, ep_size, rng, deadline, groups)
         nodes = ep_size // per_node
-        node_LE = self._cluster_requests(rows, cap, nodes, rng, deadline, groups)
+        on_nodes = [rank_LE // per_node for rank_LE in known]
+        node_LE = self._cluster_requests(rows, on_nodes, cap, nodes, rng, deadline, groups)
         home = choose_ranks(rows.on_ranks(node_LE, nodes) / weight[:, None], weight)
         rank_LE = np.empty((layers, experts), dtype=np.int64)
         for node in range(nodes):
             columns = np.stack([np.flatnonzero(row == node) for row in node_LE])
             part = rows.part(np.flatnonzero(home == node), columns)
             own_groups = max(groups // nodes, 1)
-            inner = self._cluster_requests(part, cap, per_node, rng, deadline, own_groups)
+            inner = self._cluster_requests(part, [], cap, per_node, rng, deadline, own_groups)
             np.put_along_axis(rank_LE, columns, node * per_node + inner, axis=1)
         return rank_LE
 
     def _cluster_requests(
         self,
-        rows: _RequestRows,
+        rows: RequestRows,
+        known: list[np.ndarray],
         cap: float,
         ep_size: int,
         rng: np.random.Generator,
         deadline: float | None,
         groups: int,
     ) -> np.ndarray:
-        """[L, E] ranks: the best clustering of several starts, contiguous placement among them."""
+        """[L, E] ranks: the best clustering of several starts, known placements among them."""
         layers, experts = rows.pairs_LEE.shape[:2]
         if groups > 1 and ep_size <= groups:  # whole groups move
-            merged = self._cluster_requests(rows.merged(groups), cap, ep_size, rng, deadline, 1)
-            return np.repeat(merged, experts // groups, axis=1)
+            size = experts // groups
+            first = [rank_LE[:, ::size] for rank_LE in known]
+            merged = rows.merged(groups)
+            moved = self._cluster_requests(merged, first, cap, ep_size, rng, deadline, 1)
+            return np.repeat(moved, size, axis=1)
         contiguous = np.tile(np.arange(experts) * ep_size // experts, (layers, 1))
         best, best_value = contiguous, -np.inf
         if experts == ep_size or len(rows.weight) < ep_size:
             return best
+
+        def value_of_ranks(rank_LE: np.ndarray) -> float:
+            return value_of(
+                rows.tables,
+                rows.weight,
+                rank_LE,
+                ep_size,
+                pairs_LEE=rows.pairs_LEE,
+                load_cap=cap,
+            )
+
         effort = min(1.0, _FULL_EFFORT_EXPERTS / experts)
+        firsts: list[np.ndarray | None] = [contiguous]
+        if known:
+            firsts.append(max(known, key=value_of_ranks))
+        firsts += [None] * math.ceil(_REQUEST_STARTS * self.starts * effort**3)
         try:
-            for start in range(1 + math.ceil(_REQUEST_STARTS * self.starts * effort**3)):
+            for first_LE in firsts:
                 ranks, value = cocluster(
                     rows.tables,
                     rows.weight,
@@ -283,7 +334,7 @@ class SemanticPolicy:
                     rng=rng,
                     pairs_LEE=rows.pairs_LEE,
                     load_cap=cap,
-                    first=contiguous if start == 0 else None,
+                    first=first_LE,
                     deadline=deadline,
                     router_groups=groups,
                 )
@@ -293,53 +344,8 @@ class SemanticPolicy:
                     break
         except KeyboardInterrupt:
             logger.warning("interrupted: keeping the best clustering so far")
-        return best
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _RequestRows:
-    """What is clustered for whole requests: N sequences, or token ids in their stead.
-
-    Attributes:
-        tables: L arrays [N, E], activations.
-        weight: [N] tokens in each row.
-        pairs_LEE: See `cocluster`.
-    """
-
-    tables: list[sparse.csr_array]
-    weight: np.ndarray
-    pairs_LEE: np.ndarray
-
-    def on_ranks(self, rank_LE: np.ndarray, ep_size: int) -> np.ndarray:
-        """[N, G] activations of each row on each rank, over all layers."""
-        parts = [table @ np.eye(ep_size)[rank_E] for table, rank_E in zip(self.tables, rank_LE)]
-        return np.asarray(sum(parts))
-
-    def merged(self, groups: int) -> _RequestRows:
-        """Return the rows with each group of neighbouring experts as one: they move together."""
-        layers, experts = self.pairs_LEE.shape[:2]
-        group_E = np.arange(experts) * groups // experts
-        onto = sparse.csr_array(np.eye(groups)[group_E])
-        size = experts // groups
-        pairs = self.pairs_LEE.reshape(layers, groups, size, groups, size).sum(axis=(2, 4))
-        return _RequestRows(
-            tables=[sparse.csr_array(table @ onto) for table in self.tables],
-            weight=self.weight,
-            pairs_LEE=pairs * (1 - np.eye(groups)),
-        )
-
-    def part(self, rows: np.ndarray, expert_LE: np.ndarray) -> _RequestRows:
-        """Return some rows, and some experts of each layer: one node's problem."""
-        return _RequestRows(
-            tables=[
-                sparse.csr_array(table[rows][:, experts])
-                for table, experts in zip(self.tables, expert_LE)
-            ],
-            weight=self.weight[rows],
-            pairs_LEE=np.stack(
-                [pairs[np.ix_(own, own)] for pairs, own in zip(self.pairs_LEE, expert_LE)]
-            ),
-        )
+        # Alternation may lose what a start had: rows follow experts, not the other way about.
+        return max([best, *known], key=value_of_ranks) if known else best
 
 
 def _equal_nodes(topology: Topology | None, ep_size: int, router_groups: int) -> int | None:
@@ -354,33 +360,6 @@ def _equal_nodes(topology: Topology | None, ep_size: int, router_groups: int) ->
     per_node = ep_size // topology.num_nodes
     adjacent = np.arange(ep_size) // per_node
     return per_node if np.array_equal(topology.nodes, adjacent) else None
-
-
-def _request_rows(
-    profile: RoutingProfile, ep_size: int, rng: np.random.Generator
-) -> tuple[list[sparse.csr_array], np.ndarray]:
-    """What is clustered: L arrays [N, E] of activations, and [N] tokens in each row.
-
-    Whole requests go to one rank, so what counts is which experts a sequence uses, not a token.
-    Token ids stand in for sequences where the profile has sampled too few of them; of many ids,
-    some are drawn by frequency.
-    """
-    sequences = profile.sequence_load
-    if len(sequences) >= MIN_SEQUENCES_PER_RANK * ep_size:
-        sequences = sequences[sequences[:, 0].sum(axis=1) > 0]
-        tables = [sparse.csr_array(sequences[:, layer]) for layer in range(sequences.shape[1])]
-        return tables, sequences[:, 0].sum(axis=1) / profile.fingerprint.top_k
-    count = profile.token_count
-    seen = np.flatnonzero(count > 0)
-    if len(seen) <= _MAX_TOKEN_IDS:
-        return [sparse.csr_array(table[seen]) for table in profile.token_expert], count[seen]
-    drawn = rng.choice(seen, size=_MAX_TOKEN_IDS, p=count[seen] / count[seen].sum())
-    ids, weight = np.unique(drawn, return_counts=True)
-    tables = [
-        sparse.csr_array(sparse.diags_array(weight / count[ids]) @ table[ids])
-        for table in profile.token_expert
-    ]
-    return tables, weight.astype(np.float64)
 
 
 register(SemanticPolicy(mode="tokens"))

@@ -10,6 +10,7 @@ import numpy as np
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.bounds import bounds, saving_interval
+from semantic_ep.plan.compared import BASELINES, is_even
 from semantic_ep.plan.cost import RoutingCost, evaluate, remote_copies_by_token
 from semantic_ep.plan.effect import Workload, effect_on_time
 from semantic_ep.plan.placement import Placement
@@ -92,11 +93,14 @@ def verdict(
     in_force: str = "contiguous",
     horizon_tokens: float | None = None,
     without_copies: str | None = None,
+    left_out: Mapping[str, str] | None = None,
+    known: Placement | None = None,
 ) -> dict[str, Any]:
     """Judge a plan against other placements on held-out requests.
 
     Args:
-        placements: Policy name -> placement, contiguous among them.
+        placements: Policy name -> placement, contiguous among them. The best of those that carry
+            the name of a baseline is found among both kinds of home rank.
         chosen: The policy planned with.
         profile: What the schedule is made from.
         holdout: Requests that are not in the profile.
@@ -108,16 +112,19 @@ def verdict(
         horizon_tokens: Tokens expected until routing drifts, within which moving experts must pay
             on the links of the workload; None asks for no such thing.
         without_copies: The chosen placement before experts were copied; None if none were.
+        left_out: Baselines that were not placed, and why.
+        known: Placement that knows the held-out routes, for the ceiling of placements; see
+            `bounds`.
 
     Returns:
         JSON-serialisable account: one row a placement and kind of home rank, the verdict, the
-        interval of the saving over requests, floor and ceiling, what copies of experts change, and
-        the effect on time.
+        interval of the saving over requests, the best baseline, floor and ceiling, what copies of
+        experts change, and the effect on time.
     """
     rows: list[dict[str, Any]] = []
     homes, costs = [], []
     for name, placement in placements.items():
-        both = name in (chosen, "contiguous", in_force, without_copies)
+        both = name in (chosen, in_force, without_copies, *BASELINES)
         for scheduled in (False, True) if both else (False,):
             home = home_ranks(holdout, placement, profile if scheduled else None, mode)
             cost = evaluate(placement, holdout, home, topology=topology)
@@ -151,6 +158,12 @@ def verdict(
         if horizon_tokens is not None:
             break_even = effect["break_even_tokens"]
             worth_it = worth_it and break_even is not None and break_even <= horizon_tokens
+    theirs = {
+        name: placement
+        for name, placement in placements.items()
+        if name in BASELINES and name not in (chosen, without_copies)
+    }
+    best = _best_baseline(rows, theirs, left_out or {})
     return {
         "ep_size": placements[chosen].ep_size,
         "mode": mode,
@@ -161,14 +174,47 @@ def verdict(
         "worth_it": worth_it,
         "straggler_rows_saved": straggler_saved,
         "saved_interval_95": saving_interval(sent[0], sent[1], holdout),
-        "bounds": bounds(placements[chosen], holdout, mode),
+        "bounds": bounds(placements[chosen], holdout, mode, known=known),
+        "best_baseline": best,
         "effect": effect,
         "copies": None if without_copies is None else _copies(rows, chosen, without_copies),
         "horizon_tokens": horizon_tokens,
         "summary": f"{'worth it' if worth_it else 'not worth it'}: {saved:.1%} fewer remote copies "
         f"than {in_force} placement with home ranks {plain['schedule']}, and "
         f"{straggler_saved:.1%} fewer rows on the busiest rank"
-        + ("" if horizon_tokens is None else f", over {horizon_tokens:,.0f} tokens"),
+        + ("" if horizon_tokens is None else f", over {horizon_tokens:,.0f} tokens")
+        + ("" if best is None else f"; {best['summary']}"),
+    }
+
+
+def _best_baseline(
+    rows: list[dict[str, Any]], placements: Mapping[str, Placement], left_out: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """The row of fewest remote copies among baselines; None if no other one was placed.
+
+    Our schedule counts too: a baseline gets the home ranks that serve it best.
+    """
+    uneven = {
+        name: "its ranks hold different numbers of experts"
+        for name, placement in placements.items()
+        if not is_even(placement)
+    }
+    eligible = [row for row in rows if row["policy"] in placements and row["policy"] not in uneven]
+    if not eligible:
+        return None
+    best, plan = min(eligible, key=lambda row: float(row["remote_copies"])), rows[-1]
+    figures = ("policy", "schedule", "remote_copies", "lar", "load_max_over_mean")
+    saved = 1 - plan["remote_copies"] / max(best["remote_copies"], 1e-12)
+    against = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'MORE'} than"
+    return {
+        **{name: best[name] for name in figures},
+        "remote_copies_saved": saved,
+        "left_out": {**left_out, **uneven},
+        "summary": f"{plan['remote_copies']:.3f} remote copies, {against} the best of "
+        f"{len(placements) - len(uneven)} baselines, {best['policy']} with home ranks "
+        f"{best['schedule']} ({best['remote_copies']:.3f}); LAR {plan['lar']:.3f} against "
+        f"{best['lar']:.3f}, load max/mean {plan['load_max_over_mean']:.2f} against "
+        f"{best['load_max_over_mean']:.2f}",
     }
 
 

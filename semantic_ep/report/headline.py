@@ -92,6 +92,18 @@ def _estimate(plan: Mapping[str, Any]) -> str:
     return f"Estimated {verdict}: {change} on {plan['ep_size']} ranks, not yet served."
 
 
+def _best_baseline(plan: Mapping[str, Any]) -> list[str]:
+    """What the four numbers do not say: they are against contiguous placement."""
+    best = plan["best_baseline"]
+    if best is None:
+        return []
+    saved = best["remote_copies_saved"]
+    return [
+        f"Against the best baseline, {best['policy']} with home ranks {best['schedule']}: "
+        f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} remote copies."
+    ]
+
+
 def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What the four numbers do not say: the price in balance, and time on this machine."""
     notes = []
@@ -138,7 +150,7 @@ def _planned(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "answer": "yes" if plan["worth_it"] else "no",
         "sentence": _estimate(plan),
-        "notes": [],
+        "notes": _best_baseline(plan),
         "basis": kind,
         "numbers": [
             _number(

@@ -15,7 +15,7 @@ _SCHEDULED = {
 }
 _NEEDED = (
     *("ep_size", "mode", "tokens", "held_out", "policies"),
-    *("remote_copies_saved", "worth_it", "summary"),
+    *("remote_copies_saved", "worth_it", "summary", "best_baseline", "bounds"),
 )
 
 

@@ -130,7 +130,12 @@ def _eplb_global(request: Request) -> Placement:
 
 def _moetuner(request: Request) -> Placement:
     profile = request.profile
-    return moetuner_placement(profile.load, profile.transition, topology=request.topology)
+    return moetuner_placement(
+        profile.load,
+        profile.transition,
+        topology=request.topology,
+        time_limit=request.time_limit,
+    )
 
 
 def _exflow(request: Request) -> Placement:

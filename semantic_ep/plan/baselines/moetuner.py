@@ -12,6 +12,7 @@ As with ExFlow, the second step pays only where tokens stay where their last exp
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 
@@ -28,7 +29,11 @@ TOLERANCE = 0.025  # of the mean load
 
 
 def moetuner_placement(
-    load: np.ndarray, transition: np.ndarray, *, topology: Topology
+    load: np.ndarray,
+    transition: np.ndarray,
+    *,
+    topology: Topology,
+    time_limit: float | None = None,
 ) -> Placement:
     """Balance clusters, then map them to ranks.
 
@@ -36,7 +41,9 @@ def moetuner_placement(
         load: [L, E] activations of each expert.
         transition: [L - 1, E, E] activation pairs (expert in layer l, expert in layer l + 1).
         topology: Ranks and links; `ep_size` divides E.
+        time_limit: Seconds, after which clusters stay on the ranks they have been given.
     """
+    deadline = None if time_limit is None else time.monotonic() + time_limit
     layers, experts = load.shape
     ep_size = topology.ep_size
     contiguous_placement(num_layers=1, num_experts=experts, ep_size=ep_size)
@@ -45,7 +52,7 @@ def moetuner_placement(
     volume = np.stack(
         [member[i].T @ transition[i] @ member[i + 1] for i in range(layers - 1)]
     ) if layers > 1 else np.zeros((0, ep_size, ep_size))  # fmt: skip
-    cluster_of_rank = map_clusters(volume, _cost_of_a_unit(topology), layers)
+    cluster_of_rank = map_clusters(volume, _cost_of_a_unit(topology), layers, deadline)
     rank_of_cluster = cluster_of_rank.argsort(axis=1)
     return Placement.from_rank_of_expert(
         np.take_along_axis(rank_of_cluster, cluster, axis=1), ep_size=ep_size
@@ -94,7 +101,9 @@ def _swap_until_level(load_E: np.ndarray, cluster_E: np.ndarray) -> np.ndarray:
         cluster[[first, second]] = cluster[[second, first]]
 
 
-def map_clusters(volume: np.ndarray, unit_cost: np.ndarray, layers: int) -> np.ndarray:
+def map_clusters(
+    volume: np.ndarray, unit_cost: np.ndarray, layers: int, deadline: float | None = None
+) -> np.ndarray:
     """[L, G] cluster that each rank takes in each layer.
 
     Minimises the sum over layer boundaries of the costliest pair of ranks.
@@ -103,6 +112,7 @@ def map_clusters(volume: np.ndarray, unit_cost: np.ndarray, layers: int) -> np.n
         volume: [L - 1, G, G] pairs between cluster i of a layer and cluster j of the next.
         unit_cost: [G, G] cost of one unit between two ranks, 0 on the diagonal.
         layers: L.
+        deadline: `time.monotonic()` after which no further swap is looked for.
     """
     ranks = len(unit_cost)
     if ranks <= _EXACT_RANKS:
@@ -113,8 +123,12 @@ def map_clusters(volume: np.ndarray, unit_cost: np.ndarray, layers: int) -> np.n
     orders = np.stack(chosen)
     pairs = np.array(list(itertools.combinations(range(ranks), 2)))
     for _ in range(_SWEEPS):
-        improved = [_swap_best(orders, layer, pairs, volume, unit_cost) for layer in range(layers)]
-        if not any(improved):
+        improved = False
+        for layer in range(layers):
+            if deadline is not None and time.monotonic() > deadline:
+                return orders
+            improved |= _swap_best(orders, layer, pairs, volume, unit_cost)
+        if not improved:
             break
     return orders
 

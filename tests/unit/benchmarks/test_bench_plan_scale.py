@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.bench_plan_bounds import KnownRoutes
 from benchmarks.bench_plan_scale import drawn_profile
 from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.plan.bounds import KnownRoutes
 from tests.unit.plan.synthetic import planted_trace
 
 

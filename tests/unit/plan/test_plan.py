@@ -9,6 +9,7 @@ import pytest
 from semantic_ep.cli import main
 from semantic_ep.errors import ArtifactError
 from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.plan.compared import BASELINES
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
@@ -93,7 +94,31 @@ def test_the_command_writes_a_plan_with_its_verdict_and_parent(run_dir, capsys):
     plan = Plan.read(run_dir / "plan")
     assert plan.sha256 == printed["sha256"]
     names = {row["policy"] for row in plan.verdict["policies"]}
-    assert names == {"contiguous", "random", "eplb", "semantic"}
+    assert names == {*BASELINES, "semantic"}
+    best = plan.verdict["best_baseline"]
+    assert best == printed["verdict"]["best_baseline"]
+    assert best["policy"] in BASELINES
+
+
+def test_the_command_prints_the_best_baseline_and_which_ceiling_it_states(run_dir, capsys):
+    assert main(_arguments(run_dir, "--dry-run", "--baselines", "eplb", "occult")) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the best of 3 baselines" in printed
+    assert "not among the baselines: semmoe, not asked for" in printed
+    assert "ceiling of other placements: not sought" in printed
+    more = ["--baselines", "contiguous", "--ceiling", "placement", "--json"]
+    assert main(_arguments(run_dir, "--dry-run", *more)) == 0
+    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    assert verdict["best_baseline"]["policy"] == "contiguous"
+    bounds, reached = verdict["bounds"], verdict["policies"][-1]
+    assert reached["lar"] <= bounds["ceiling_lar"] <= bounds["placement_ceiling_lar"]
+    least = bounds["placement_ceiling_remote_copies"]
+    assert least <= bounds["ceiling_remote_copies"] <= reached["remote_copies"]
+
+
+def test_an_unknown_baseline_is_named_with_the_nearest_one(run_dir, capsys):
+    assert main(_arguments(run_dir, "--baselines", "ocult")) == 2
+    assert 'Did you mean "occult"' in capsys.readouterr().err
 
 
 def test_a_tracked_plan_names_its_profile_and_the_report_names_the_plan(run_dir, monkeypatch):

@@ -10,11 +10,14 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from semantic_ep.errors import PlacementError
 from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.plan.coclustering import cocluster, value_of
+from semantic_ep.plan.compared import BASELINES, place_baselines
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.load_budget import LoadBudget
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import policies
 from semantic_ep.plan.predictor_choice import choose_predictor
+from semantic_ep.plan.request_rows import request_rows
 from semantic_ep.plan.samples import Evidence, sample_layer
 from semantic_ep.plan.search import SwapSearch, saving_by_pairs
 from semantic_ep.plan.slices import equal_slices
@@ -143,6 +146,94 @@ def test_never_worse_than_a_baseline_start_by_the_solvers_own_objective(start):
             search.start(theirs.rank_of_expert[layer]) - 1e-6
         )
         budget.spend(layer, ours.rank_of_expert[layer])
+
+
+def _random_profile(seed: int) -> RoutingProfile:
+    rng = np.random.default_rng(seed)
+    trace = random_trace(tokens=900, layers=2, experts=16, top_k=3, rng=rng)
+    # Some structure, else all placements are about the same; and requests to cluster.
+    wanted = rng.integers(16, size=(20, 2, 3))
+    follow = rng.random(900) < rng.random()
+    routes = np.where(follow[:, None, None], wanted[trace.token_id], trace.experts)
+    twice = (np.diff(np.sort(routes, axis=2), axis=2) == 0).any(axis=2)
+    routes[twice] = trace.experts[twice]
+    offsets = np.linspace(0, 900, 46).astype(np.int64)
+    return RoutingProfile.from_trace(
+        dataclasses.replace(trace, experts=routes.astype(np.uint8), offsets=offsets)
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_plan_is_worse_than_no_baseline_it_was_given_by_the_objective_of_tokens(seed):
+    profile = _random_profile(seed)
+    baselines = place_baselines(profile, BASELINES, ep_size=4, seed=seed).even
+    # Hardly a search of its own: what it reaches is what it was given.
+    poor = SemanticPolicy(starts=1, searches=1, steps=1, known=baselines)
+    ours = poor.place(profile, ep_size=4, seed=seed).rank_of_expert
+    budget = LoadBudget(profile, ep_size=4, allowed=1.15, seed=seed)
+    for layer in range(2):
+        sample = sample_layer(profile, None, layer, ep_size=4, seed=seed)
+        search = SwapSearch(
+            sample.expected_NE,
+            sample.active_NE,
+            sample.load_E,
+            ep_size=4,
+            top_k=3,
+            batches=1,
+            load_cap=budget.cap(),
+            pairs_EE=sample.pairs_EE,
+        )
+        theirs = [search.start(placed.rank_of_expert[layer]) for placed in baselines]
+        assert search.start(ours[layer]) >= max(theirs) - 1e-6
+        budget.spend(layer, ours[layer])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_plan_is_worse_than_no_baseline_it_was_given_by_the_objective_of_requests(seed):
+    profile = _random_profile(seed)
+    baselines = place_baselines(profile, BASELINES, ep_size=4, seed=seed).even
+    poor = SemanticPolicy(mode="requests", starts=1, known=baselines)
+    ours = poor.place(profile, ep_size=4, seed=seed)
+    tables, weight = request_rows(profile, 4, np.random.default_rng(seed))
+    pairs = [
+        saving_by_pairs(together, tokens=900, top_k=3, ep_size=4) * poor.pair_weight / 3
+        for together in profile.coactivation
+    ]
+    cap = LoadBudget(profile, ep_size=4, allowed=1.15, seed=seed).cap()
+
+    def value(placed: Placement) -> float:
+        ranks = placed.rank_of_expert
+        return value_of(tables, weight, ranks, 4, pairs_LEE=np.stack(pairs), load_cap=cap)
+
+    assert value(ours) >= max(map(value, baselines)) - 1e-9
+
+
+def test_a_clustering_is_worth_what_its_placement_is_worth():
+    profile = RoutingProfile.from_trace(planted_trace(noise=0.0))
+    tables, weight = request_rows(profile, 4, np.random.default_rng(0))
+    pairs = np.zeros((2, 16, 16))
+    ranks, reached = cocluster(
+        tables, weight, 4, rng=np.random.default_rng(1), pairs_LEE=pairs, load_cap=1.5
+    )
+    found = value_of(tables, weight, ranks, 4, pairs_LEE=pairs, load_cap=1.5)
+    assert found == pytest.approx(reached, abs=0.02)
+
+
+def test_known_placements_of_another_shape_are_refused():
+    profile = RoutingProfile.from_trace(planted_trace())
+    other = Placement.contiguous(num_layers=2, num_experts=16, ep_size=2)
+    with pytest.raises(PlacementError, match="does not fit"):
+        SemanticPolicy(known=(other,)).place(profile, ep_size=4)
+
+
+def test_known_placements_that_break_router_groups_are_no_starts():
+    profile = RoutingProfile.from_trace(planted_trace())
+    broken = Placement.from_rank_of_expert(np.tile(np.arange(16) % 4, (2, 1)), ep_size=4)
+    for mode in ("tokens", "requests"):
+        limited = dataclasses.replace(FAST, mode=mode, router_groups=2)
+        given = dataclasses.replace(limited, known=(broken,)).place(profile, ep_size=4)
+        alone = limited.place(profile, ep_size=4)
+        np.testing.assert_array_equal(given.rank_of_expert, alone.rank_of_expert)
 
 
 def test_the_same_seed_gives_the_same_placement():

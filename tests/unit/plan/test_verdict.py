@@ -8,6 +8,7 @@ import pytest
 from semantic_ep.errors import ConfigError, FingerprintError
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.bounds import bounds, oracle_home_ranks, saving_interval
+from semantic_ep.plan.compared import BASELINES, is_even, place_baselines
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.drift import advise, domain_matrix, measure_drift
 from semantic_ep.plan.effect import Workload
@@ -84,6 +85,79 @@ def test_a_plan_that_saves_is_worth_it_and_says_when_moving_has_paid(planned):
     assert account["worth_it"]
     assert account["saved_interval_95"][0] < account["remote_copies_saved"]
     assert account["effect"]["break_even_tokens"] > 0
+
+
+def test_the_verdict_names_the_best_of_the_baselines_with_equal_counts(planned):
+    profile, placement = planned
+    compared = place_baselines(profile, BASELINES, ep_size=4)
+    account = _verdict(
+        {**compared.placements, "semantic": placement},
+        "semantic",
+        profile,
+        left_out={"late": "no time"},
+    )
+    best = account["best_baseline"]
+    even = {name for name, placed in compared.placements.items() if is_even(placed)}
+    rows = [row for row in account["policies"] if row["policy"] in even]
+    assert len(rows) == 2 * len(even)
+    assert best["remote_copies"] == min(row["remote_copies"] for row in rows)
+    saved = 1 - account["policies"][-1]["remote_copies"] / best["remote_copies"]
+    assert best["remote_copies_saved"] == pytest.approx(saved)
+    assert best["left_out"]["late"] == "no time"
+    assert set(best["left_out"]) == {"late", *(set(compared.placements) - even)}
+    named = f"{best['policy']} with home ranks {best['schedule']}"
+    assert named in account["summary"]
+    assert f"({best['remote_copies']:.3f})" in account["summary"]
+
+
+def test_a_baseline_that_beats_the_plan_is_said_to(planned):
+    profile, placement = planned
+    account = _verdict(
+        {"contiguous": PLAIN, "occult": placement, "semantic": PLAIN}, "semantic", profile
+    )
+    assert account["best_baseline"]["policy"] == "occult"
+    assert account["best_baseline"]["remote_copies_saved"] < 0
+    assert "MORE than the best of 2 baselines, occult" in account["summary"]
+
+
+def test_ranks_of_different_sizes_are_no_best_baseline(planned):
+    profile, placement = planned
+    ranks = np.repeat(np.arange(4), [5, 4, 4, 3])
+    uneven = Placement.from_rank_of_expert(np.stack([ranks, ranks]), ep_size=4)
+    account = _verdict(
+        {"contiguous": PLAIN, "grace": uneven, "semantic": placement}, "semantic", profile
+    )
+    assert account["best_baseline"]["policy"] == "contiguous"
+    assert "different numbers of experts" in account["best_baseline"]["left_out"]["grace"]
+
+
+def test_baselines_that_have_not_begun_in_time_are_left_out_and_named(planned):
+    profile, _ = planned
+    found = place_baselines(profile, BASELINES, ep_size=4, time_limit=0.0)
+    assert list(found.placements) == ["contiguous"]
+    assert set(found.left_out) == set(BASELINES) - {"contiguous"}
+    assert all("time limit of 0 s" in why for why in found.left_out.values())
+
+
+def test_baselines_that_a_profile_cannot_feed_are_left_out_and_named(planned):
+    profile, _ = planned
+    trace = planted_trace()
+    unnamed = np.full(trace.num_tokens, -1, dtype=np.int32)
+    anonymous = RoutingProfile.from_trace(dataclasses.replace(trace, token_id=unnamed))
+    loads = dataclasses.replace(profile, coactivation=np.zeros_like(profile.coactivation))
+    assert set(place_baselines(anonymous, BASELINES, ep_size=4).left_out) == {"semmoe"}
+    known = set(place_baselines(loads, BASELINES, ep_size=4).placements)
+    assert known == {"contiguous", "random", "greedy", "eplb", "eplb-global"}
+
+
+def test_an_interrupt_leaves_out_the_baselines_that_follow(planned, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("semantic_ep.plan.baselines.grace_placement", interrupted)
+    found = place_baselines(planned[0], BASELINES, ep_size=4)
+    assert set(found.left_out) == {"grace", "exflow", "moetuner", "semmoe"}
+    assert "occult" in found.placements
 
 
 def test_contiguous_against_itself_is_not_worth_it(planned):

@@ -109,6 +109,14 @@ def test_the_first_screen_holds_verdict_four_numbers_and_a_picture(run, output):
     )
 
 
+def test_the_page_names_the_best_baseline_and_both_bounds(run, output):
+    page = (output / "report.html").read_text()
+    plan = build_report(run)["plan"]
+    assert escape(plan["best_baseline"]["summary"], quote=False) in page
+    for name in ("floor_lar", "ceiling_lar"):
+        assert percent(plan["bounds"][name]) in page[page.index("Floor of the LAR") :]
+
+
 def test_report_json_is_what_the_page_is_drawn_from(run, output):
     written = json.loads((output / "report.json").read_text())
     built = json.loads(json.dumps(build_report(run)))
