@@ -352,7 +352,9 @@ def _print(account: dict[str, Any], plan: Any, result: dict[str, Any]) -> None:
     for row in account["policies"]:
         table.add_row(
             *(
-                f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key])
+                f"{row[key]:.{1 if key == 'solve_seconds' else 3}f}"
+                if isinstance(row[key], float)
+                else str(row[key])
                 for key in columns
             )
         )

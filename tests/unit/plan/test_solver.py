@@ -10,7 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from semantic_ep.errors import PlacementError
 from semantic_ep.observe.profile import RoutingProfile
-from semantic_ep.plan.coclustering import cocluster, value_of
+from semantic_ep.plan.coclustering import value_of
 from semantic_ep.plan.compared import BASELINES, place_baselines
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.load_budget import LoadBudget
@@ -206,17 +206,6 @@ def test_a_plan_is_worse_than_no_baseline_it_was_given_by_the_objective_of_reque
         return value_of(tables, weight, ranks, 4, pairs_LEE=np.stack(pairs), load_cap=cap)
 
     assert value(ours) >= max(map(value, baselines)) - 1e-9
-
-
-def test_a_clustering_is_worth_what_its_placement_is_worth():
-    profile = RoutingProfile.from_trace(planted_trace(noise=0.0))
-    tables, weight = request_rows(profile, 4, np.random.default_rng(0))
-    pairs = np.zeros((2, 16, 16))
-    ranks, reached = cocluster(
-        tables, weight, 4, rng=np.random.default_rng(1), pairs_LEE=pairs, load_cap=1.5
-    )
-    found = value_of(tables, weight, ranks, 4, pairs_LEE=pairs, load_cap=1.5)
-    assert found == pytest.approx(reached, abs=0.02)
 
 
 def test_known_placements_of_another_shape_are_refused():
