@@ -123,6 +123,21 @@ def test_planted_structure_is_recovered_and_pays_on_other_requests():
         assert cost["remote_copies"] < 0.7 * blind["remote_copies"]
 
 
+def objective(profile, layer, *, seed, load_cap):
+    """What the solver maximises in one layer on 4 ranks."""
+    sample = sample_layer(profile, None, layer, ep_size=4, seed=seed)
+    return SwapSearch(
+        sample.expected_NE,
+        sample.active_NE,
+        sample.load_E,
+        ep_size=4,
+        top_k=3,
+        batches=1,
+        load_cap=load_cap,
+        pairs_EE=sample.pairs_EE,
+    )
+
+
 @pytest.mark.parametrize("start", ["contiguous", "random", "greedy", "eplb"])
 def test_never_worse_than_a_baseline_start_by_the_solvers_own_objective(start):
     trace = random_trace(tokens=1100, layers=2, experts=16, top_k=3, rng=np.random.default_rng(5))
@@ -131,17 +146,7 @@ def test_never_worse_than_a_baseline_start_by_the_solvers_own_objective(start):
     theirs = policies()[start].place(profile, ep_size=4, seed=3)
     budget = LoadBudget(profile, ep_size=4, allowed=1.15, seed=3)
     for layer in range(2):
-        sample = sample_layer(profile, None, layer, ep_size=4, seed=3)
-        search = SwapSearch(
-            sample.expected_NE,
-            sample.active_NE,
-            sample.load_E,
-            ep_size=4,
-            top_k=3,
-            batches=1,
-            load_cap=budget.cap(),
-            pairs_EE=sample.pairs_EE,
-        )
+        search = objective(profile, layer, seed=3, load_cap=budget.cap())
         assert search.start(ours.rank_of_expert[layer]) >= (
             search.start(theirs.rank_of_expert[layer]) - 1e-6
         )
@@ -172,17 +177,7 @@ def test_a_plan_is_worse_than_no_baseline_it_was_given_by_the_objective_of_token
     ours = poor.place(profile, ep_size=4, seed=seed).rank_of_expert
     budget = LoadBudget(profile, ep_size=4, allowed=1.15, seed=seed)
     for layer in range(2):
-        sample = sample_layer(profile, None, layer, ep_size=4, seed=seed)
-        search = SwapSearch(
-            sample.expected_NE,
-            sample.active_NE,
-            sample.load_E,
-            ep_size=4,
-            top_k=3,
-            batches=1,
-            load_cap=budget.cap(),
-            pairs_EE=sample.pairs_EE,
-        )
+        search = objective(profile, layer, seed=seed, load_cap=budget.cap())
         theirs = [search.start(placed.rank_of_expert[layer]) for placed in baselines]
         assert search.start(ours[layer]) >= max(theirs) - 1e-6
         budget.spend(layer, ours[layer])
