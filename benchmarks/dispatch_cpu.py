@@ -348,14 +348,20 @@ def _counted(
     return sent, emulated
 
 
+def _timing(row: Row) -> Row:
+    return {
+        "ranks": row["ranks"],
+        "variant": row["variant"],
+        "ms": row["median_ms"],
+        "p20..p80": f"{row['p20_ms']:.3g}..{row['p80_ms']:.3g}",
+    }
+
+
 def _summary(rows: Sequence[Row]) -> list[Row]:
     plain = {row["ranks"]: row["median_ms"] for row in rows if row["variant"] == "all_to_all"}
     return [
         {
-            "ranks": row["ranks"],
-            "variant": row["variant"],
-            "ms": row["median_ms"],
-            "p20..p80": f"{row['p20_ms']:.3g}..{row['p80_ms']:.3g}",
+            **_timing(row),
             "against all_to_all": f"{plain[row['ranks']] / row['median_ms']:.2f}x",
             "rows to others": row["sent_rows"],
             "MB to others": row["sent_mbytes"],
@@ -369,10 +375,7 @@ def _overlap_summary(rows: Sequence[Row]) -> list[Row]:
     off = {row["ranks"]: row["median_ms"] for row in rows if row["variant"] == "overlap off"}
     return [
         {
-            "ranks": row["ranks"],
-            "variant": row["variant"],
-            "ms": row["median_ms"],
-            "p20..p80": f"{row['p20_ms']:.3g}..{row['p80_ms']:.3g}",
+            **_timing(row),
             "against off": f"{off[row['ranks']] / row['median_ms']:.2f}x",
             "ranks where auto overlaps": row["auto_overlaps"],
         }
