@@ -19,7 +19,7 @@ VERBS = {
     "apply": "write a checkpoint permuted for engines that know no plan, or undo it",
     "export": "write a plan's placement in the file of another serving engine",
     "serve": "start an OpenAI-compatible server whose experts lie as a plan says",
-    "convert": "turn a Hugging Face checkpoint into a Megatron one, or back",
+    "convert": "turn Hugging Face checkpoints into Megatron ones or back, or DeepSpeed's universal",
     "report": "draw the report of a run from its measurements",
     "patches": "show the seams into upstream code, and check that they fit what is installed",
     "doctor": "show what is installed, what works here, and why the rest does not",

@@ -147,7 +147,7 @@ def move_optimizer_state(
     """
     placed: PlacedExperts = engine.placed_experts
     old: _OldState = (
-        _ZeroState(engine, checkpoint, layout)
+        ZeroState(checkpoint, layout)
         if engine.zero_optimization()
         else _PlainState(engine, checkpoint, layout, parameters)
     )
@@ -176,34 +176,63 @@ class _Reader:
             found = self.old.states(name, None)
             return {key: value.view(parameter.shape) for key, value in found.items()}
         layer = self._layer[name]
-        by_rank = [
-            {
-                key: value.view(self._placement.slots_per_rank, *parameter.shape[1:])
-                for key, value in self.old.states(name, rank).items()
-            }
-            for rank in range(self._placement.ep_size)
-        ]
-        states = {key: value.new_zeros(parameter.shape) for key, value in by_rank[0].items()}
-        for slot, expert in enumerate(self._placed.held_S(layer).tolist()):
-            if expert >= 0:
-                source = int(self._placement.logical_to_physical_map[layer, expert, 0])
-                rank, row = divmod(source, self._placement.slots_per_rank)
-                for key, value in states.items():
-                    value[slot] = by_rank[rank][key][row]
-        return states
+        held_S = self._placed.held_S(layer)
+        return states_of_slots(
+            self.old, name, self._placement, layer, held_S, expert_shape=parameter.shape[1:]
+        )
 
 
-class _ZeroState:
+def states_of_slots(
+    old: _OldState,
+    name: str,
+    placement: Placement,
+    layer: int,
+    held_S: Sequence[int] | np.ndarray,
+    *,
+    expert_shape: Sequence[int],
+) -> dict[str, Tensor]:
+    """State -> [S, ...] tensor of the experts in some slots, zeros for empty ones.
+
+    Args:
+        old: What was stored under `placement`.
+        name: Of the parameter.
+        placement: Of the run that stored it.
+        layer: MoE layer of the parameter.
+        held_S: Logical expert in each slot, -1 for an empty one.
+        expert_shape: Of one expert's part of the parameter.
+    """
+    by_rank = [
+        {
+            key: value.view(placement.slots_per_rank, *expert_shape)
+            for key, value in old.states(name, rank).items()
+        }
+        for rank in range(placement.ep_size)
+    ]
+    states = {key: value.new_zeros(len(held_S), *expert_shape) for key, value in by_rank[0].items()}
+    for slot, expert in enumerate(held_S):
+        if expert >= 0:
+            source = int(placement.logical_to_physical_map[layer, expert, 0])
+            rank, row = divmod(source, placement.slots_per_rank)
+            for key, value in states.items():
+                value[slot] = by_rank[rank][key][row]
+    return states
+
+
+class ZeroState:
     """What ZeRO 1 and 2 stored, a file a rank."""
 
-    def __init__(self, engine: Any, checkpoint: Path, layout: OldLayout) -> None:
+    def __init__(self, checkpoint: Path, layout: OldLayout) -> None:
         self._layout = layout
         self._shards = {}
         for rank in layout.ranks:
-            file = engine._get_rank_zero_ckpt_name(
-                str(checkpoint.parent), checkpoint.name, 0, rank, engine.bfloat16_enabled()
-            )
-            self._shards[rank] = _load(Path(file))["optimizer_state_dict"]
+            name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            # DeepSpeed puts the precision before the name.
+            file = next(checkpoint.glob(f"*{name}"), checkpoint / name)
+            self._shards[rank] = _load(file)["optimizer_state_dict"]
+
+    def trains(self, name: str) -> bool:
+        """Whether there is state of a parameter."""
+        return name in self._group_of
 
     @cached_property
     def _group_of(self) -> dict[str, int]:
@@ -215,6 +244,7 @@ class _ZeroState:
         }
 
     def states(self, name: str, ep_rank: int | None) -> Mapping[str, Tensor]:
+        """Flat full tensors of a parameter by state; `ep_rank` for experts, else None."""
         ranks = self._layout.ranks if ep_rank is None else self._layout.holders(ep_rank)
         group = self._index(name)
         pieces: dict[str, list[Tensor]] = {}
@@ -233,6 +263,7 @@ class _ZeroState:
         return {key: torch.cat(parts) for key, parts in pieces.items()}
 
     def scalars(self, name: str) -> Mapping[str, Any]:
+        """States that a parameter group has once, such as the step."""
         states = next(iter(self._shards.values()))["base_optimizer_state"]["state"]
         found = states.get(self._index(name), {})
         return {
@@ -242,6 +273,7 @@ class _ZeroState:
         }
 
     def hyperparameters(self, name: str) -> Mapping[str, Any]:
+        """Settings of the parameter group of a parameter, such as the learning rate."""
         shard = next(iter(self._shards.values()))
         return _settings(shard["base_optimizer_state"]["param_groups"][self._index(name)])
 

@@ -29,6 +29,7 @@ from semantic_ep.integrations.deepspeed.optimizer_state import (
     optimizer_parameters,
 )
 from semantic_ep.integrations.deepspeed.placing import PlacedExperts
+from semantic_ep.integrations.deepspeed.universal import universal_experts
 from semantic_ep.plan.placement import Placement
 
 DESCRIPTOR = "semantic_ep_placement.json"
@@ -42,11 +43,13 @@ class Descriptor:
         layout: Placement and groups of the run that wrote it.
         zero_stage: Of that run.
         parameters: Names in the optimizer's order, by parameter group.
+        experts: MoE layer of each parameter of experts, by name; none of `deepspeed.moe` layers.
     """
 
     layout: OldLayout
     zero_stage: int
     parameters: tuple[tuple[str, ...], ...]
+    experts: Mapping[str, int]
 
     @classmethod
     def of(cls, engine: Any) -> Self:
@@ -58,6 +61,7 @@ class Descriptor:
             ),
             zero_stage=engine.zero_optimization_stage(),
             parameters=optimizer_parameters(engine),
+            experts={name: layer for name, layer, _ in placed.parameters(engine.module)},
         )
 
     @classmethod
@@ -82,6 +86,7 @@ class Descriptor:
                 ),
                 zero_stage=data["zero_stage"],
                 parameters=tuple(map(tuple, data["parameters"])),
+                experts=data.get("experts", {}),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -104,6 +109,7 @@ class Descriptor:
             "expert_parallel": self.layout.expert_parallel,
             "zero_stage": self.zero_stage,
             "parameters": self.parameters,
+            "experts": dict(self.experts),
         }
         write_file_atomically(checkpoint / DESCRIPTOR, json.dumps(data).encode())
 
@@ -151,6 +157,10 @@ def load_placed(
         CheckpointError: The checkpoint was not written under a plan, is incomplete, or its
             optimizer state cannot be moved.
     """
+    if engine.load_universal_checkpoint():
+        # DeepSpeed restores weights with the optimizer's state here, whatever it is asked for.
+        with universal_experts(engine, load_dir, tag):
+            return load(load_dir, tag, **kwargs)
     latest = Path(load_dir, "latest")
     if tag is None and latest.is_file():
         tag = latest.read_text().strip()

@@ -19,6 +19,7 @@ from semantic_ep.integrations.deepspeed.native import native_layers, place_nativ
 from semantic_ep.integrations.deepspeed.observation import EngineObservation, find_routers
 from semantic_ep.integrations.deepspeed.placing import PlacedExperts, place_experts
 from semantic_ep.integrations.deepspeed.replanning import EnginePlacement
+from semantic_ep.integrations.deepspeed.universal import NATIVE
 from semantic_ep.integrations.replanning import Replanning, check_settings
 from semantic_ep.plan.plan import Plan
 
@@ -99,6 +100,14 @@ def initialize(
                 )
             )
         placed_experts = _place(model, settings, identity)
+        if placed_experts.native and deepspeed_config.get("checkpoint", {}).get("load_universal"):
+            raise ConfigError(
+                explain(
+                    NATIVE,
+                    where="checkpoint.load_universal",
+                    do="Remove it, and resume a checkpoint under its own plan",
+                )
+            )
     plain = {key: value for key, value in deepspeed_config.items() if key != SECTION}
     engine, *others = deepspeed.initialize(
         args=_without_config(args), model=model, config=plain, **deepspeed_arguments
@@ -202,15 +211,17 @@ def _check_placed(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any
                 "contiguous placement",
             )
         )
-    if deepspeed_config.get("checkpoint", {}).get("load_universal"):
+    stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+    if deepspeed_config.get("checkpoint", {}).get("load_universal") and stage == 0:
         raise ConfigError(
             explain(
-                "universal checkpoints do not know placed experts",
+                "DeepSpeed loads universal checkpoints into the optimizer of ZeRO",
                 where="checkpoint.load_universal",
-                do="Remove it: checkpoints of a placed run load under any plan as they are",
+                got="zero_optimization.stage = 0",
+                do="Set stage 1 or 2; or remove it: checkpoints of a placed run load under any "
+                "plan as they are",
             )
         )
-    stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise ConfigError(
             explain(
