@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.plan.coclustering import value_of
 
 # With fewer sequences in a profile, clusters of them would be clusters of accidents.
 MIN_SEQUENCES_PER_RANK = 8
@@ -33,6 +34,17 @@ class RequestRows:
         """[N, G] activations of each row on each rank, over all layers."""
         parts = [table @ np.eye(ep_size)[rank_E] for table, rank_E in zip(self.tables, rank_LE)]
         return np.asarray(sum(parts))
+
+    def value(self, rank_LE: np.ndarray, ep_size: int, *, load_cap: float) -> float:
+        """What the clustering maximises, for experts as they are placed; see `value_of`."""
+        return value_of(
+            self.tables,
+            self.weight,
+            rank_LE,
+            ep_size,
+            pairs_LEE=self.pairs_LEE,
+            load_cap=load_cap,
+        )
 
     def merged(self, groups: int) -> RequestRows:
         """Return the rows with each group of neighbouring experts as one: they move together."""

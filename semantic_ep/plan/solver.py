@@ -20,7 +20,7 @@ from scipy import sparse
 
 from semantic_ep.errors import PlacementError, explain
 from semantic_ep.observe.profile import RoutingProfile
-from semantic_ep.plan.coclustering import choose_ranks, cocluster, value_of
+from semantic_ep.plan.coclustering import choose_ranks, cocluster
 from semantic_ep.plan.load_budget import LoadBudget
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import register
@@ -67,8 +67,8 @@ class SemanticPolicy:
             half as much LAR again above the floor.
         known: Placements by others, each expert once and equally many a rank, to start from too.
             By the objective planned for, which charges load beyond the cap, the plan is then worse
-            than none of them (of several nodes: in the choice of nodes, which comes first). Those
-            that break router groups are left out.
+            than none of them; on several nodes, copies to nodes and to ranks weigh as the time of
+            their links. Those that break router groups are left out.
     """
 
     mode: Mode = "tokens"
@@ -182,7 +182,30 @@ class SemanticPolicy:
             own_groups = max(groups // nodes, 1)
             local = inner._place_flat(part, [start], cap, per_node, rng, deadline, own_groups)
             rank_E[experts] = node * per_node + local
-        return rank_E
+        # Nodes chosen first may leave their ranks little; a known placement can be better on both.
+        assert topology is not None
+        on_ranks = self._search(sample, cap, ep_size, groups=1)
+        across_nodes = self._search(sample, cap, nodes, groups=1)
+
+        def value(rank_E: np.ndarray) -> float:
+            values = across_nodes.start(rank_E // per_node), on_ranks.start(rank_E)
+            return float(np.dot(_tier_weights(topology), values))
+
+        return max([rank_E, *known], key=value)
+
+    def _search(self, sample: LayerSample, cap: float, ep_size: int, *, groups: int) -> SwapSearch:
+        """The objective on ranks, or on nodes, and the search that climbs it."""
+        return SwapSearch(
+            sample.expected_NE,
+            sample.active_NE,
+            sample.load_E,
+            ep_size=ep_size,
+            top_k=sample.top_k,
+            batches=sample.batches,
+            load_cap=cap,
+            pairs_EE=sample.pairs_EE if sample.active_NE is None else None,
+            router_groups=groups,
+        )
 
     def _place_flat(
         self,
@@ -221,17 +244,7 @@ class SemanticPolicy:
             starts.append(ranks[0])
             if deadline is not None and time.monotonic() > deadline:
                 break
-        search = SwapSearch(
-            sample.expected_NE,
-            sample.active_NE,
-            sample.load_E,
-            ep_size=ep_size,
-            top_k=sample.top_k,
-            batches=sample.batches,
-            load_cap=cap,
-            pairs_EE=sample.pairs_EE if sample.active_NE is None else None,
-            router_groups=groups,
-        )
+        search = self._search(sample, cap, ep_size, groups=groups)
         # Where a search begins matters more than how long it goes on: several short ones.
         best, best_value = known[0], -np.inf
         for start in sorted(starts, key=search.start, reverse=True)[
@@ -285,7 +298,17 @@ class SemanticPolicy:
             own_groups = max(groups // nodes, 1)
             inner = self._cluster_requests(part, [], cap, per_node, rng, deadline, own_groups)
             np.put_along_axis(rank_LE, columns, node * per_node + inner, axis=1)
-        return rank_LE
+        assert topology is not None
+
+        def value(rank_LE: np.ndarray) -> float:
+            values = (
+                rows.value(rank_LE // per_node, nodes, load_cap=cap),
+                rows.value(rank_LE, ep_size, load_cap=cap),
+            )
+            return float(np.dot(_tier_weights(topology), values))
+
+        contiguous = np.tile(np.arange(experts) * ep_size // experts, (layers, 1))
+        return max([rank_LE, contiguous, *known], key=value)
 
     def _cluster_requests(
         self,
@@ -310,20 +333,13 @@ class SemanticPolicy:
         if experts == ep_size or len(rows.weight) < ep_size:
             return best
 
-        def value_of_ranks(rank_LE: np.ndarray) -> float:
-            return value_of(
-                rows.tables,
-                rows.weight,
-                rank_LE,
-                ep_size,
-                pairs_LEE=rows.pairs_LEE,
-                load_cap=cap,
-            )
+        def value_of(rank_LE: np.ndarray) -> float:
+            return rows.value(rank_LE, ep_size, load_cap=cap)
 
         effort = min(1.0, _FULL_EFFORT_EXPERTS / experts)
         firsts: list[np.ndarray | None] = [contiguous]
         if known:
-            firsts.append(max(known, key=value_of_ranks))
+            firsts.append(max(known, key=value_of))
         firsts += [None] * math.ceil(_REQUEST_STARTS * self.starts * effort**3)
         try:
             for first_LE in firsts:
@@ -345,7 +361,13 @@ class SemanticPolicy:
         except KeyboardInterrupt:
             logger.warning("interrupted: keeping the best clustering so far")
         # Alternation may lose what a start had: rows follow experts, not the other way about.
-        return max([best, *known], key=value_of_ranks) if known else best
+        return max([best, *known], key=value_of) if known else best
+
+
+def _tier_weights(topology: Topology) -> np.ndarray:
+    """[2] what a copy to another node, and one to another rank, weigh: the time of their links."""
+    seconds = [1 / link.gigabytes_per_second for link in (topology.inter_node, topology.intra_node)]
+    return np.asarray(seconds) / sum(seconds)
 
 
 def _equal_nodes(topology: Topology | None, ep_size: int, router_groups: int) -> int | None:

@@ -23,7 +23,7 @@ from semantic_ep.plan.search import SwapSearch, saving_by_pairs
 from semantic_ep.plan.slices import equal_slices
 from semantic_ep.plan.solver import SemanticPolicy
 from semantic_ep.plan.verdict import home_ranks
-from semantic_ep.topology import Topology
+from semantic_ep.topology import Link, Topology
 from tests.unit.plan.synthetic import planted_trace, random_trace
 
 FAST = SemanticPolicy(starts=3, searches=2, steps=120)
@@ -123,14 +123,14 @@ def test_planted_structure_is_recovered_and_pays_on_other_requests():
         assert cost["remote_copies"] < 0.7 * blind["remote_copies"]
 
 
-def objective(profile, layer, *, seed, load_cap):
-    """What the solver maximises in one layer on 4 ranks."""
+def objective(profile, layer, groups=4, *, seed, load_cap):
+    """What the solver maximises in one layer, on 4 ranks or on groups of them."""
     sample = sample_layer(profile, None, layer, ep_size=4, seed=seed)
     return SwapSearch(
         sample.expected_NE,
         sample.active_NE,
         sample.load_E,
-        ep_size=4,
+        ep_size=groups,
         top_k=3,
         batches=1,
         load_cap=load_cap,
@@ -168,27 +168,58 @@ def _random_profile(seed: int) -> RoutingProfile:
     )
 
 
+# What copies across nodes and copies across ranks weigh: a flat group, and two nodes of two ranks
+# whose link between nodes is a quarter as fast.
+FLAT = (None, ((4, 1.0),))
+TWO_NODES = (
+    Topology.uniform(
+        4,
+        num_nodes=2,
+        intra_node=Link(name="inside", gigabytes_per_second=40.0, latency_microseconds=1.0),
+        inter_node=Link(name="between", gigabytes_per_second=10.0, latency_microseconds=1.0),
+    ),
+    ((2, 0.8), (4, 0.2)),
+)
+
+
+@pytest.mark.parametrize(("topology", "tiers"), [FLAT, TWO_NODES], ids=["flat", "two nodes"])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_plan_is_worse_than_no_baseline_it_was_given_by_the_objective_of_tokens(seed):
+def test_a_plan_is_worse_than_no_baseline_it_was_given_by_the_objective_of_tokens(
+    seed, topology, tiers
+):
     profile = _random_profile(seed)
-    baselines = place_baselines(profile, BASELINES, ep_size=4, seed=seed).even
+    searched = FAST.place(profile, ep_size=4, seed=seed)
+    baselines = (*place_baselines(profile, BASELINES, ep_size=4, seed=seed).even, searched)
     # Hardly a search of its own: what it reaches is what it was given.
     poor = SemanticPolicy(starts=1, searches=1, steps=1, known=baselines)
-    ours = poor.place(profile, ep_size=4, seed=seed).rank_of_expert
+    ours = poor.place(profile, ep_size=4, seed=seed, topology=topology).rank_of_expert
     budget = LoadBudget(profile, ep_size=4, allowed=1.15, seed=seed)
     for layer in range(2):
-        search = objective(profile, layer, seed=seed, load_cap=budget.cap())
-        theirs = [search.start(placed.rank_of_expert[layer]) for placed in baselines]
-        assert search.start(ours[layer]) >= max(theirs) - 1e-6
+        searches = [
+            (groups, weight, objective(profile, layer, groups, seed=seed, load_cap=budget.cap()))
+            for groups, weight in tiers
+        ]
+
+        def value(rank_E: np.ndarray, searches=searches) -> float:
+            return sum(
+                weight * search.start(rank_E * groups // 4) for groups, weight, search in searches
+            )
+
+        theirs = [value(placed.rank_of_expert[layer]) for placed in baselines]
+        assert value(ours[layer]) >= max(theirs) - 1e-6
         budget.spend(layer, ours[layer])
 
 
+@pytest.mark.parametrize(("topology", "tiers"), [FLAT, TWO_NODES], ids=["flat", "two nodes"])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_plan_is_worse_than_no_baseline_it_was_given_by_the_objective_of_requests(seed):
+def test_a_plan_is_worse_than_no_baseline_it_was_given_by_the_objective_of_requests(
+    seed, topology, tiers
+):
     profile = _random_profile(seed)
-    baselines = place_baselines(profile, BASELINES, ep_size=4, seed=seed).even
-    poor = SemanticPolicy(mode="requests", starts=1, known=baselines)
-    ours = poor.place(profile, ep_size=4, seed=seed)
+    clustered = SemanticPolicy(mode="requests").place(profile, ep_size=4, seed=seed)
+    baselines = (*place_baselines(profile, BASELINES, ep_size=4, seed=seed).even, clustered)
+    poor = SemanticPolicy(mode="requests", starts=0, known=baselines)
+    ours = poor.place(profile, ep_size=4, seed=seed, topology=topology)
     tables, weight = request_rows(profile, 4, np.random.default_rng(seed))
     pairs = [
         saving_by_pairs(together, tokens=900, top_k=3, ep_size=4) * poor.pair_weight / 3
@@ -197,8 +228,18 @@ def test_a_plan_is_worse_than_no_baseline_it_was_given_by_the_objective_of_reque
     cap = LoadBudget(profile, ep_size=4, allowed=1.15, seed=seed).cap()
 
     def value(placed: Placement) -> float:
-        ranks = placed.rank_of_expert
-        return value_of(tables, weight, ranks, 4, pairs_LEE=np.stack(pairs), load_cap=cap)
+        return sum(
+            tier
+            * value_of(
+                tables,
+                weight,
+                placed.rank_of_expert * groups // 4,
+                groups,
+                pairs_LEE=np.stack(pairs),
+                load_cap=cap,
+            )
+            for groups, tier in tiers
+        )
 
     assert value(ours) >= max(map(value, baselines)) - 1e-9
 
