@@ -140,6 +140,11 @@ class SemanticExperts(nn.Module):
     def _compute(self, rows: ExpertRows) -> Tensor:
         rows_RD = rows.rows_RD
         if len(rows_RD) == 0:
+            if any(hasattr(p, "ds_id") for p in self.local.parameters()):
+                # ZeRO 3 gathers parameters, and reduces gradients, where the module is called.
+                one = rows_RD.new_zeros(1, self.hidden_size)
+                slot = torch.zeros(1, 1, dtype=torch.long, device=one.device)
+                return self.local(one, slot, one.new_zeros(1, 1))[:0]
             if torch.is_grad_enabled():
                 # A gradient of zero and not none: replicas of these experts on other ranks wait
                 # for this rank to reduce theirs.

@@ -259,7 +259,6 @@ def _refusals(rank, ranks, plans, checkpoint):
         with pytest.raises(error, match=match):
             placed_engine(plans[plan], stage, section=section)
 
-    refused(ConfigError, "only in AutoEP's own layers", "mixed", 3)
     refused(ConfigError, "does not divide the world size 2", "four ranks")
     refused(ConfigError, "another number of ranks", "mixed", groups={"ep_size": 1})
     refused(PlacementError, "would be trained apart", "copies")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,14 @@ class SemanticEngine:
             write_placed(self, Path(save_dir, tag))
         # An engine that writes in the background knows alone when it is done.
         background = self.checkpoint_engine.is_decoupled()
-        result = super().save_checkpoint(
-            save_dir,
-            tag,
-            client_state=dict(client_state or {}),
-            save_latest=save_latest and background,
-            **kwargs,
-        )
+        with self._experts_in_shards():
+            result = super().save_checkpoint(
+                save_dir,
+                tag,
+                client_state=dict(client_state or {}),
+                save_latest=save_latest and background,
+                **kwargs,
+            )
         if self.semantic_ep is not None:
             profile = self.semantic_ep.save(Path(save_dir, tag))
             if self.replanning is not None:
@@ -72,12 +74,29 @@ class SemanticEngine:
         if self.placed_experts is None:
             path, client_state = super().load_checkpoint(load_dir, tag, **kwargs)
         else:
-            path, client_state = load_placed(self, super().load_checkpoint, load_dir, tag, **kwargs)
+            with self._experts_in_shards():
+                path, client_state = load_placed(
+                    self, super().load_checkpoint, load_dir, tag, **kwargs
+                )
         if path is not None and self.semantic_ep is not None:
             profile = self.semantic_ep.restore(path if Path(path).is_dir() else Path(path).parent)
             if self.replanning is not None:
                 self.replanning.resume(profile)
         return path, client_state
+
+    @contextmanager
+    def _experts_in_shards(self) -> Iterator[None]:
+        """At ZeRO 3 placed experts are stored as all parameters are, in the optimizer's shards.
+
+        DeepSpeed would look for those of AutoEP's layers.
+        """
+        before = self.has_moe_layers
+        if self.placed_experts is not None and self.zero_optimization_partition_weights():
+            self.has_moe_layers = False
+        try:
+            yield
+        finally:
+            self.has_moe_layers = before
 
     def load_module_state_dict(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """As DeepSpeed's, with the experts of this rank."""

@@ -121,7 +121,9 @@ def _placed_units(model: nn.Module, placed: PlacedExperts) -> Iterator[dict[str,
         slots = placed.placement.logical_to_physical_map[layer, :, 0].tolist()
         tensors = {}
         for name, parameter in parameters.items():
-            whole = _of_group(parameter.detach(), placed.process_groups.expert_parallel)
+            whole = _of_group(
+                _gathered(parameter, host=False), placed.process_groups.expert_parallel
+            )
             if whole is not None:
                 tensors[_whole_name(name)] = whole[slots]
         yield tensors

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from semantic_ep.config import SemanticEPConfig
-from semantic_ep.errors import PlacementError, explain
+from semantic_ep.errors import ConfigError, PlacementError, explain
 from semantic_ep.integrations.deepspeed.placing import (
+    PARTITIONED,
     PlacedExperts,
     create_groups,
     refuse_copies,
@@ -49,6 +50,7 @@ def place_native_experts(
     settings: SemanticEPConfig,
     *,
     device: torch.device,
+    zero_stage: int,
 ) -> PlacedExperts:
     """Move experts to the ranks of the plan and replace the exchange, in place; collective.
 
@@ -57,11 +59,22 @@ def place_native_experts(
         placement: One copy of each expert, equally many on every rank.
         settings: Of the run.
         device: That the model will run on.
+        zero_stage: Of the engine to come.
 
     Raises:
         PlacementError: The placement does not fit the layers, or has copies.
-        ConfigError: No groups of this size can be formed.
+        ConfigError: No groups of this size can be formed, or the stage is 3.
     """
+    if zero_stage == PARTITIONED:
+        raise ConfigError(
+            explain(
+                "DeepSpeed refuses its own MoE layers at ZeRO 3, with a plan or without "
+                "(deepspeed/runtime/engine.py, _validate_zero3_moe_compatibility)",
+                where="zero_optimization.stage",
+                got=zero_stage,
+                allowed=[0, 1, 2],
+            )
+        )
     layers = native_layers(model)
     _check(layers, placement)
     groups, process_groups = create_groups(placement, settings)

@@ -73,8 +73,9 @@ def optimizer_parameters(engine: Any) -> tuple[tuple[str, ...], ...]:
     if engine.optimizer is None:
         return ()
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    zero = engine.optimizer
     groups = (
-        engine.optimizer.bit16_groups
+        (zero.fp16_groups if engine.zero_optimization_partition_weights() else zero.bit16_groups)
         if engine.zero_optimization()
         else [group["params"] for group in engine.optimizer.param_groups]
     )
@@ -117,6 +118,11 @@ def obstacle_to_moving(engine: Any) -> tuple[str, str] | None:
         return (
             f"{type(engine.optimizer).__name__} does not name the parameters it stores",
             "Train in mixed precision at ZeRO 1 or 2",
+        )
+    if engine.zero_optimization_partition_weights():
+        return (
+            "ZeRO 3 stores it in flat pieces together with that of other experts",
+            "Train at ZeRO 1 or 2",
         )
     if engine.optimizer.elastic_checkpoint:
         return (

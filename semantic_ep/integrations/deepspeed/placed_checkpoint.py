@@ -28,7 +28,7 @@ from semantic_ep.integrations.deepspeed.optimizer_state import (
     move_optimizer_state,
     optimizer_parameters,
 )
-from semantic_ep.integrations.deepspeed.placing import PlacedExperts
+from semantic_ep.integrations.deepspeed.placing import PARTITIONED, PlacedExperts
 from semantic_ep.integrations.deepspeed.universal import universal_experts
 from semantic_ep.plan.placement import Placement
 
@@ -124,6 +124,8 @@ def write_placed(engine: Any, checkpoint: Path) -> None:
         Descriptor.of(engine).write(checkpoint)
     if placed.process_groups.expert_data_parallel.rank() != 0 or not placed.experts:
         return
+    if engine.zero_optimization_partition_weights():
+        return  # DeepSpeed's shards have them.
     tensors = {}
     for name, layer, parameter in placed.parameters(engine.module):
         for slot, expert in enumerate(placed.held_S(layer).tolist()):
@@ -180,10 +182,17 @@ def load_placed(
                 do="Resume with the plan and the ranks of the run that wrote it",
             )
         )
+    partitioned = engine.zero_optimization_partition_weights()
+    if partitioned or old.zero_stage == PARTITIONED:
+        _check_partitioned(
+            old, new, checkpoint, whole=load_optimizer_states and not load_module_only
+        )
     move_state = moved and load_optimizer_states and not load_module_only
     if move_state:
         check_can_move(engine, old.zero_stage)
-    engine.placed_experts_to_load = _local_experts(engine, checkpoint, old.layout.placement)
+    engine.placed_experts_to_load = (
+        {} if partitioned else _local_experts(engine, checkpoint, old.layout.placement)
+    )
     try:
         path, client_state = load(
             load_dir,
@@ -197,6 +206,22 @@ def load_placed(
     if move_state:
         move_optimizer_state(engine, checkpoint, old.layout, old.parameters)
     return path, client_state
+
+
+def _check_partitioned(old: Descriptor, new: Descriptor, checkpoint: Path, *, whole: bool) -> None:
+    """At ZeRO 3 experts are in DeepSpeed's shards only, which load as they were stored."""
+    if old.zero_stage == new.zero_stage and old.layout.equals(new.layout) and whole:
+        return
+    raise CheckpointError(
+        explain(
+            "a checkpoint of ZeRO 3 has its experts in the optimizer's shards, which load as a "
+            "whole, under the same plan, on the same ranks and at ZeRO 3",
+            where=str(checkpoint),
+            got=f"saved at ZeRO {old.zero_stage}, loaded at ZeRO {new.zero_stage}",
+            do="Resume with the plan, the ranks and the stage of the run that wrote it; or export "
+            "it there with save_huggingface_checkpoint and start from that model",
+        )
+    )
 
 
 def _go_on_under(engine: Any, old: OldLayout) -> None:

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from deepspeed.moe.layer import MoE
 
 
+PARTITIONED = 3
+"""The ZeRO stage that partitions parameters too."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PlacedExperts:
     """The experts of one model in training.
@@ -89,6 +93,7 @@ def place_experts(
     settings: SemanticEPConfig,
     *,
     device: torch.device,
+    zero_stage: int = 0,
 ) -> PlacedExperts:
     """Leave each rank the experts of its slots, in place; collective over all ranks.
 
@@ -98,15 +103,17 @@ def place_experts(
         placement: One copy of each expert; ranks may hold different numbers of them.
         settings: Of the run.
         device: That the model will run on.
+        zero_stage: Of the engine to come.
 
     Raises:
         PlacementError: The placement is of another model, or has copies.
-        ConfigError: No groups of this size can be formed.
+        ConfigError: No groups of this size can be formed, or the model is partitioned already.
     """
     _check(model, placement)
     groups, process_groups = create_groups(placement, settings)
     ep_rank = process_groups.expert_parallel.rank()
     name = group_name(placement.ep_size)
+    partitioned = zero_stage == PARTITIONED
     for layer, site in enumerate(find_moe_layers(model)):
         experts = model.get_submodule(site.experts)
         held_S = placement.experts_of_rank(layer, ep_rank)
@@ -114,6 +121,10 @@ def place_experts(
             parameter.data = rows_of_slots(parameter.data, held_S)
             parameter.allreduce = False
             parameter.group_name = name
+            if partitioned:
+                # Of experts in AutoEP's layers: each has a group of its own to be partitioned over.
+                parameter.ds_zero_placement_family = "autoep_expert"
+                parameter.ds_zero_partition_group_name = name
         experts.num_experts = placement.slots_per_rank
     dispatcher = create_dispatcher(
         settings.dispatch.backend,
@@ -121,7 +132,8 @@ def place_experts(
         slots_per_rank=placement.slots_per_rank,
         num_layers=placement.num_layers,
     )
-    context = StepContext(device, overlap=settings.dispatch.overlap)
+    # Parameters are gathered where a module is called, so each rank must call it as often.
+    context = StepContext(device, overlap="off" if partitioned else settings.dispatch.overlap)
     replaced = replace_experts(
         model,
         placement=placement,
@@ -129,9 +141,12 @@ def place_experts(
         dispatcher=dispatcher,
         context=context,
     )
-    model.add_module(
-        "semantic_ep_group", expert_group(placement.num_experts, placement.ep_size, stored=True)
+    marker = (
+        partitioned_group(placement.num_experts)
+        if partitioned
+        else expert_group(placement.num_experts, placement.ep_size, stored=True)
     )
+    model.add_module("semantic_ep_group", marker)
     return PlacedExperts(
         placement=placement,
         groups=groups,
@@ -193,6 +208,14 @@ def _check(model: nn.Module, placement: Placement) -> None:
             )
         )
     refuse_copies(placement)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ConfigError(
+            explain(
+                "the model was made in pieces already, before its experts could be placed",
+                where="deepspeed.zero.Init, or HfDeepSpeedConfig of transformers",
+                do="Make the model without them; the engine partitions it",
+            )
+        )
 
 
 def expert_group(num_experts: int, ep_size: int, *, stored: bool) -> nn.Module:
@@ -232,6 +255,27 @@ def expert_group(num_experts: int, ep_size: int, *, stored: bool) -> nn.Module:
             """The groups are registered already."""
 
     return ExpertGroup()
+
+
+def partitioned_group(num_experts: int) -> nn.Module:
+    """An AutoEP layer without parameters, the only kind that the engine accepts at ZeRO 3.
+
+    Args:
+        num_experts: Logical experts a layer (E).
+    """
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    class PartitionedExpertGroup(AutoEPMoELayer):
+        """Marks the model as one with experts; the experts themselves are elsewhere."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = num_experts
+
+        def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+            """The groups are registered already."""
+
+    return PartitionedExpertGroup()
 
 
 def group_name(ep_size: int) -> str:

@@ -99,7 +99,7 @@ def initialize(
                     do="Remove tensor and pipeline parallelism, or the plan",
                 )
             )
-        placed_experts = _place(model, settings, identity)
+        placed_experts = _place(model, settings, identity, zero_stage(deepspeed_config))
         if placed_experts.native and deepspeed_config.get("checkpoint", {}).get("load_universal"):
             raise ConfigError(
                 explain(
@@ -197,6 +197,11 @@ def check_possible(settings: SemanticEPConfig, deepspeed_config: Mapping[str, An
         )
 
 
+def zero_stage(deepspeed_config: Mapping[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed configuration."""
+    return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+
 def _check_placed(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any]) -> None:
     if settings.plan.artifact == "auto":
         return
@@ -211,32 +216,23 @@ def _check_placed(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any
                 "contiguous placement",
             )
         )
-    stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-    if deepspeed_config.get("checkpoint", {}).get("load_universal") and stage == 0:
+    stage = zero_stage(deepspeed_config)
+    if deepspeed_config.get("checkpoint", {}).get("load_universal") and stage not in (1, 2):
         raise ConfigError(
             explain(
-                "DeepSpeed loads universal checkpoints into the optimizer of ZeRO",
+                "universal checkpoints load into the optimizer of ZeRO 1 or 2 under a plan",
                 where="checkpoint.load_universal",
-                got="zero_optimization.stage = 0",
-                do="Set stage 1 or 2; or remove it: checkpoints of a placed run load under any "
-                "plan as they are",
-            )
-        )
-    if stage not in (0, 1, 2):
-        raise ConfigError(
-            explain(
-                "DeepSpeed partitions expert parameters at ZeRO 3 only in AutoEP's own layers, "
-                "which follow no plan",
-                where="zero_optimization.stage",
-                got=stage,
-                allowed=[0, 1, 2],
-                do="Use ZeRO 2 under a plan, or AutoEP without one",
+                got=f"zero_optimization.stage = {stage}",
+                do="Set stage 1 or 2; or remove it",
             )
         )
 
 
 def _place(
-    model: nn.Module | None, settings: SemanticEPConfig, identity: ModelFingerprint | None
+    model: nn.Module | None,
+    settings: SemanticEPConfig,
+    identity: ModelFingerprint | None,
+    stage: int,
 ) -> PlacedExperts:
     """Read the plan and spread the experts; collective."""
     import deepspeed
@@ -276,6 +272,7 @@ def _place(
         plan.placement,
         settings,
         device=torch.device(get_accelerator().current_device_name()),
+        zero_stage=stage,
     )
 
 

@@ -1,0 +1,119 @@
+"""ZeRO 3 under a plan, as DeepSpeed has it for AutoEP: parameters of experts are in pieces too."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("transformers")
+
+import torch
+
+from semantic_ep.errors import CheckpointError, ConfigError
+from tests.distributed.launcher import run_ranks
+from tests.distributed.test_deepspeed_native_placed import FINGERPRINT as NATIVE
+from tests.distributed.test_deepspeed_native_placed import NativeModel
+from tests.distributed.test_deepspeed_placed import (
+    MIXED,
+    UNEVEN,
+    data_of,
+    placed_config,
+    placed_engine,
+    save_plan,
+    train,
+)
+from tests.distributed.test_deepspeed_training import start, tiny_model
+
+pytestmark = pytest.mark.distributed
+
+# Tiny parameters would all be kept whole.
+IN_PIECES = {"stage": 3, "stage3_param_persistence_threshold": 0}
+SHORT = 4
+# One expert alone on a rank.
+ALONE = [[0, 0, 0, 0, 0, 0, 0, 1], UNEVEN[1]]
+
+
+def _data(rank):
+    """Batches, in the end of the same two tokens on all ranks, which need few experts."""
+    short = [(token_id[:1, :2], mask[:1, :2]) for token_id, mask in data_of(0, SHORT)]
+    return data_of(rank, 5) + short
+
+
+def _engine(plan, zero=IN_PIECES):
+    return start(tiny_model(), placed_config(plan) | {"zero_optimization": zero})
+
+
+def _train_save_go_on(rank, ranks, plan, output):
+    from semantic_ep.integrations.deepspeed import save_huggingface_checkpoint
+
+    data = _data(rank)
+    whole = placed_engine(None)
+    alone = train(whole, data)
+    engine = _engine(plan)
+    held = [p for _, _, p in engine.placed_experts.parameters(engine.module)]
+    pieces = [p.ds_tensor.numel() * p.ds_process_group.size() == p.ds_numel for p in held]
+    sizes = {p.ds_process_group.size() for p in held}
+    losses = train(engine, data[:4])
+    engine.save_checkpoint(str(output / "checkpoint"), client_state={"seen": 4})
+    losses += train(engine, data[4:5])
+    idle = 0
+    for batch in data[5:]:
+        engine.placed_experts.dispatcher.stats.reset()
+        losses += train(engine, [batch])
+        rows_LS = engine.placed_experts.dispatcher.stats.slot_activations
+        idle += (rows_LS.sum(axis=1) == 0).sum()
+    save_huggingface_checkpoint(engine, output / "model")
+    weights = {name: tensor.clone() for name, tensor in whole.module.state_dict().items()}
+    return alone, losses, (all(pieces), sizes), int(idle), weights if rank == 0 else None
+
+
+def _resume(rank, ranks, plan, other, checkpoint):
+    engine = _engine(plan)
+    path, client_state = engine.load_checkpoint(str(checkpoint))
+    assert path is not None
+    assert client_state["seen"] == engine.global_steps == 4
+    losses = train(engine, _data(rank)[4:])
+    for made, options in (
+        (_engine(other), {}),
+        (_engine(plan, {"stage": 2}), {}),
+        (engine, {"load_optimizer_states": False}),
+    ):
+        with pytest.raises(CheckpointError, match="which load as a whole, under the same plan"):
+            made.load_checkpoint(str(checkpoint), **options)
+    return losses
+
+
+def test_a_plan_trains_resumes_and_exports_at_zero_3_as_a_model_that_is_not_spread(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    plan, other = save_plan(tmp_path / "plan", ALONE), save_plan(tmp_path / "other", MIXED)
+    results = run_ranks(_train_save_go_on, 4, plan, tmp_path)
+    alone, losses, in_pieces, _, weights = results[0]
+    # Ranks without a token gather and reduce with the others.
+    assert sum(idle for *_, idle, _ in results) > 0
+    # Experts are divided between the two ranks that hold the same ones, and by no others.
+    assert in_pieces == (True, {2})
+    assert losses == pytest.approx(alone, abs=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-4)
+    resumed = run_ranks(_resume, 4, plan, other, tmp_path / "checkpoint")[0]
+    assert resumed == losses[4:]
+
+
+def _refusals(rank, ranks, plan, native):
+    with pytest.raises(ConfigError, match="universal checkpoints load into the optimizer"):
+        placed_engine(plan, 3, checkpoint={"load_universal": True})
+    section = {"replan": {"interval": 5}, "observe": {"output": "profile"}}
+    with pytest.raises(ConfigError, match="ZeRO 3 stores it in flat pieces"):
+        placed_engine(plan, 3, section=section)
+    # DeepSpeed itself, without a plan, and with one.
+    with pytest.raises(AssertionError, match="not supported with ZeRO Stage 3"):
+        start(NativeModel(rank, drop_tokens=False), placed_config(None, 3))
+    with pytest.raises(ConfigError, match="DeepSpeed refuses its own MoE layers at ZeRO 3"):
+        start(NativeModel(rank, drop_tokens=False), placed_config(native, 3))
+
+
+def test_what_zero_3_does_not_do_is_refused_with_the_reason(tmp_path):
+    native = save_plan(tmp_path / "native", MIXED, fingerprint=NATIVE)
+    run_ranks(_refusals, 2, save_plan(tmp_path / "plan", MIXED), native)
