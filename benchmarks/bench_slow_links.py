@@ -244,7 +244,8 @@ def _protocol(args: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
         "message; headers = 66 bytes a packet of up to 64 KiB, as the interface counts; wire = "
         "with those of every 1500-byte packet, as the queue counts",
         "check": f"interface = counted + gloo + headers + other, other within {SLACK_SHARE:.1%} of "
-        f"the former and {SLACK_BYTES} bytes a message, on every host in every round",
+        f"the former and {SLACK_BYTES} bytes a message, or else no more than TCP sent again, on "
+        "every host in every round",
         "parity": "greedy tokens of every request and round equal transformers' in one process",
         "seed": args.seed,
     }

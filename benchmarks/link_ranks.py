@@ -110,7 +110,15 @@ def read_counters() -> Sent:
         interface_packets=int((folder / "tx_packets").read_text()),
         wire_bytes=queue["bytes"],
         wire_packets=queue["packets"],
+        segments_again=_segments_again(),
     )
+
+
+def _segments_again() -> int:
+    """TCP segments that this network namespace has sent again (RFC 4022, tcpRetransSegs)."""
+    lines = Path("/proc/net/snmp").read_text().splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Tcp:"))
+    return int(dict(zip(names, values, strict=True))["RetransSegs"])
 
 
 def link_speed() -> dict[str, float] | None:

@@ -91,7 +91,7 @@ def _row(
     }
 
 
-_BYTES = ("rows", "metadata", "counted", "gloo", "other", "headers", "interface", "wire")
+_BYTES = ("rows", "metadata", "counted", "gloo", "again", "other", "headers", "interface", "wire")
 
 
 def _bytes(mode: str, calls: Sequence[Mapping[str, Any]], layers: int) -> dict[str, int]:
@@ -120,10 +120,10 @@ def _bytes(mode: str, calls: Sequence[Mapping[str, Any]], layers: int) -> dict[s
             raise BackendError(
                 explain(
                     "counters and protocols do not explain what the interface sent",
-                    where=f"{mode}, rank {rank}",
+                    where=f"{mode}, {call['link']}, rank {rank}",
                     got=f"{found}, {exchanged} messages",
                     allowed=f'"other" within {SLACK_SHARE:.1%} of the counted bytes and '
-                    f"{SLACK_BYTES} bytes a message",
+                    f"{SLACK_BYTES} bytes a message, beside what was sent again",
                 )
             )
         for name, value in {**call["counted"], **found}.items():
@@ -184,6 +184,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             "metadata MB": row["bytes_metadata"] / 1e6,
             "gloo MB": row["bytes_gloo"] / 1e6,
             "other MB": row["bytes_other"] / 1e6,
+            "of it sent again, at most": row["bytes_again"] / 1e6,
             "headers MB": row["bytes_headers"] / 1e6,
             "interfaces MB": row["bytes_interface"] / 1e6,
             "over counted": f"{row['protocol_share']:.2%}",

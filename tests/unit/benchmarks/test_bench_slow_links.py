@@ -19,13 +19,14 @@ RATES = {UNLIMITED: None, "1 Gb/s": 1.0}
 EXCHANGED = messages(steps=STEPS, layers=LAYERS, ranks=RANKS)
 
 
-def sent(*, counted, other=0, packets=10):
+def sent(*, counted, other=0, packets=10, again=0):
     inside = counted + 144 * EXCHANGED + other
     return {
         "interface_bytes": inside + 66 * packets,
         "interface_packets": packets,
         "wire_bytes": inside + 66 * 3 * packets,
         "wire_packets": 3 * packets,
+        "segments_again": again,
     }
 
 
@@ -99,6 +100,17 @@ def test_a_wrong_token_in_any_round_fails(ranks):
     ranks[1]["calls"][-1]["different"] = [3]
     with pytest.raises(BackendError, match=r"semantic, rank 1: served tokens differ.*\[3\]"):
         rows_of(ranks, RATES)
+
+
+@pytest.mark.parametrize(("again", "explained"), [(14, True), (5, False)])
+def test_what_tcp_sent_again_is_explained_and_no_more_than_that(ranks, again, explained):
+    ranks[0]["calls"][-1]["sent"] = sent(counted=600_000, other=20_000, again=again)
+    if not explained:
+        with pytest.raises(BackendError, match="semantic, 1 Gb/s, rank 0: counters and protocols"):
+            rows_of(ranks, RATES)
+        return
+    rows = {(row["link"], row["mode"]): row for row in rows_of(ranks, RATES)}
+    assert rows["1 Gb/s", "semantic"]["bytes_again"] == pytest.approx(again * 1448 / 2)
 
 
 @pytest.mark.parametrize("extra", [20_000, -20_000])
