@@ -108,7 +108,7 @@ class TokenEvent:
     rank: int = -1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RankLoad:
     """What one rank has to do, as of its last step.
 

@@ -153,29 +153,29 @@ class Semantic:
     """
 
     def __init__(self, cost: ServingCost) -> None:
-        self._cost = cost
+        self._seconds_per_token = cost.seconds_per_token
+        self._seconds_per_kv_token = cost.seconds_per_kv_token
+        self._copy_seconds_GG = cost.copy_seconds_GG
         # What a queued prompt token takes on average: its compute, and half of all copies.
         copies = min(cost.model.top_k, cost.ep_size - 1) / 2
-        self._seconds_per_pending = cost.seconds_per_token + copies * float(
+        seconds_per_pending = cost.seconds_per_token + copies * float(
             cost.copy_seconds_GG.sum() / max(cost.ep_size * (cost.ep_size - 1), 1)
         )
+        # The second is set with every request.
+        self._seconds_per_work_2 = np.array([seconds_per_pending, 0.0])
 
     def costs(self, candidate: Candidate, load: GroupLoad) -> np.ndarray:
         """See `Policy`: seconds."""
-        cost = self._cost
-        seconds_per_work = (
-            self._seconds_per_pending,
-            candidate.new_tokens * cost.seconds_per_kv_token,
-        )
-        seconds_G: np.ndarray = np.dot(seconds_per_work, load.work_2G)
-        computed_G = candidate.prompt_tokens - candidate.cached_G
-        if candidate.hits_G is None:
-            seconds_G += computed_G * cost.seconds_per_token
-        else:
-            copies_G = cost.copy_seconds_GG @ candidate.hits_G
+        weights_2 = self._seconds_per_work_2
+        weights_2[1] = candidate.new_tokens * self._seconds_per_kv_token
+        seconds_G: np.ndarray = np.dot(weights_2, load.work_2G)
+        per_token_G = self._seconds_per_token
+        if candidate.hits_G is not None:
+            copies_G = np.dot(self._copy_seconds_GG, candidate.hits_G)
             seconds_G += candidate.new_tokens * copies_G
-            copies_G += cost.seconds_per_token
-            seconds_G += computed_G * copies_G
+            copies_G += per_token_G
+            per_token_G = copies_G
+        seconds_G += (candidate.prompt_tokens - candidate.cached_G) * per_token_G
         return seconds_G
 
     def assigned(self, rank: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -50,15 +52,23 @@ def blocks_of(token_ids: Sequence[int], block_size: int) -> Prefix:
 
 def stretches_of(token_ids: Sequence[int], block_size: int) -> Prefix:
     """Stretches of whole blocks, for a quick estimate of what a rank has cached."""
-    count = bisect_right(_ROUND_BLOCKS, (len(token_ids) - 1) // block_size)
-    ends = [number * block_size for number in _ROUND_BLOCKS[:count]]
-    keys, key, start = [], 0, 0
-    for end in ends:
-        step = -(-(end - start) // _SAMPLED_TOKENS)
-        key = hash((key, tuple(token_ids[start:end:step])))
+    ends, cuts = _cuts(bisect_right(_ROUND_BLOCKS, (len(token_ids) - 1) // block_size), block_size)
+    keys, key = [], 0
+    for cut in cuts:
+        key = hash((key, *token_ids[cut]))
         keys.append(key)
-        start = end
     return Prefix(keys=keys, ends=ends)
+
+
+@functools.cache
+def _cuts(count: int, block_size: int) -> tuple[list[int], list[slice]]:
+    """Ends of the first stretches, and which of its tokens the key of each is made of."""
+    ends = [number * block_size for number in _ROUND_BLOCKS[:count]]
+    cuts = [
+        slice(start, end, -(-(end - start) // _SAMPLED_TOKENS))
+        for start, end in itertools.pairwise([0, *ends])
+    ]
+    return ends, cuts
 
 
 class PrefixIndex:
@@ -96,16 +106,29 @@ class PrefixIndex:
     def insert(self, prefix: Prefix, rank: int) -> None:
         """Note that a rank has these, used just now."""
         cached, bit = self._cached[rank], 1 << rank
+        keys, ends, ranks = prefix.keys, prefix.ends, self._ranks
+        known = 0
+        while known < len(keys) and keys[known] in ranks:
+            known += 1
+        new = keys[known:]
         # From the end, so that a beginning outlives what follows it.
-        for number in range(len(prefix.keys) - 1, -1, -1):
-            key = prefix.keys[number]
+        if new and ranks.keys().isdisjoint(new):  # As for most prompts: fewer look-ups do.
+            end = ends[-1]
+            for key, start in zip(reversed(new), reversed((0, *ends[:-1]))):
+                cached[key] = end - start
+                ranks[key] = bit
+                end = start
+            self._total[rank] += ends[-1] - end
+        else:
+            known = len(keys)
+        for number in range(known - 1, -1, -1):
+            key = keys[number]
             if key in cached:
                 cached.move_to_end(key)
             else:
-                tokens = prefix.ends[number] - (prefix.ends[number - 1] if number else 0)
-                cached[key] = tokens
+                cached[key] = tokens = ends[number] - (ends[number - 1] if number else 0)
                 self._total[rank] += tokens
-                self._ranks[key] = self._ranks.get(key, 0) | bit
+                ranks[key] = ranks.get(key, 0) | bit
         while self._total[rank] > self._tokens_per_rank:
             key, tokens = cached.popitem(last=False)
             self._total[rank] -= tokens

@@ -145,9 +145,10 @@ class Scheduler:
         # Faster than an array of lists: this runs once a decision.
         work_2G[0] = [rank.pending_tokens for rank in ranks]
         work_2G[1] = self._kv_G
+        sequences = [rank.running + rank.waiting for rank in ranks]
         return GroupLoad(
             work_2G=work_2G,
-            sequences_G=np.array([rank.running + rank.waiting for rank in ranks]),
+            sequences_G=np.fromiter(sequences, np.int64, len(ranks)),
             kv_total_G=self._kv_total_G,
         )
 
@@ -163,15 +164,25 @@ class Scheduler:
 
     def _choose(self, candidate: Candidate, load: GroupLoad, *, overdue: bool) -> int | None:
         needed = candidate.prompt_tokens + candidate.new_tokens
+        costs_G = self._policy.costs(candidate, load)
+        rank = int(costs_G.argmin())
+        if self._has_room(rank, needed, load):  # Mostly; nobody else need be asked.
+            return rank
         room_G = load.sequences_G < self._max_sequences
         room_G &= load.kv_G + needed <= load.kv_total_G
         if overdue and not room_G.any():
             room_G = load.sequences_G == load.sequences_G.min()
-        costs_G = np.where(room_G, self._policy.costs(candidate, load), np.inf)
+        costs_G = np.where(room_G, costs_G, np.inf)
         rank = int(costs_G.argmin())
         if costs_G[rank] < np.inf:
             return rank
         return int(room_G.argmax()) if overdue else None
+
+    def _has_room(self, rank: int, needed: float, load: GroupLoad) -> bool:
+        return bool(
+            load.sequences_G[rank] < self._max_sequences
+            and load.kv_G[rank] + needed <= load.kv_total_G[rank]
+        )
 
     def _hand_over(self, queued: _Queued, candidate: Candidate, rank: int) -> None:
         request = queued.request
