@@ -7,34 +7,40 @@ earlier ones) on some requests, and counts tokens of others in equal slices of 5
 * minimum count: plans from a profile alone that dropped rare (token, expert) cells;
 * EP degree;
 * ablations: placement and schedule alone and together, each predictor, copies of experts;
+* search: how far the solver goes, and how much expert load it is allowed;
 * domains: planned on one domain's requests, counted on another's.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.registry import Chart, Result, Row, Table
+from benchmarks.registry import Result, Row
 from benchmarks.sensitivity import Planned, Study, domains_of, up_to
+from benchmarks.sensitivity_results import charts, tables
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.predictors import DEPTHS
 from semantic_ep.plan.replicas import add_replicas
+from semantic_ep.plan.solver import SemanticPolicy
 
 logger = logging.getLogger(__name__)
 
-STUDIES = ("profile size", "minimum count", "EP degree", "ablations", "domains")
+STUDIES = ("profile size", "minimum count", "EP degree", "ablations", "search", "domains")
 # Share of all requests that the studies plan on unless they vary it.
 STANDARD = 0.2
+# Of the study of the solver: effort in multiples of the usual, and expert load that is allowed.
+SEARCH_FACTORS = (0.1, 0.25, 1.0, 4.0)
+MAX_LOADS = (1.05, 1.1, 1.15, 1.2, 1.3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,8 +113,8 @@ def run(args: argparse.Namespace) -> Result:
         theme="plan_sensitivity",
         protocol=_protocol(args),
         rows=rows,
-        tables=list(_tables(rows)),
-        charts=list(_charts(rows)),
+        tables=list(tables(rows)),
+        charts=list(charts(rows)),
     )
 
 
@@ -179,6 +185,7 @@ class _Runner:
             "minimum count": self._minimum_count,
             "EP degree": self._ep_degree,
             "ablations": self._ablations,
+            "search": self._search,
             "domains": self._domains,
         }
         for name in self.args.studies:
@@ -278,6 +285,25 @@ class _Runner:
                     **_compared(before, after),
                 }
 
+    def _search(self) -> Iterator[dict[str, Any]]:
+        usual = SemanticPolicy()
+        for factor in SEARCH_FACTORS:
+            steps, starts = (max(round(factor * of), 1) for of in (usual.steps, usual.starts))
+            policy = dataclasses.replace(usual, steps=steps, starts=starts)
+            yield from self._with(policy, f"{factor:g}x steps and starts", factor)
+        for load in MAX_LOADS:
+            policy = dataclasses.replace(usual, max_load=load)
+            yield from self._with(policy, f"load up to {load:g}", load)
+
+    def _with(self, policy: SemanticPolicy, setting: str, value: float) -> Iterator[dict[str, Any]]:
+        """Rows of a solver that differs from the usual one, or is it."""
+        if policy == SemanticPolicy():
+            yield from self._rows_of(setting, value, self.standard())
+            return
+        profiled = self._profiled(STANDARD)
+        planned = self.study.plan(profiled, ep_size=self.args.at_ep, policy=policy)
+        yield from self._rows_of(setting, value, planned)
+
     def _domains(self) -> Iterator[dict[str, Any]]:
         if self.args.labels is None or not self.trace.requests:
             return
@@ -348,86 +374,3 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
         "depends on what else the machine does, all other figures do not",
         "seeds": args.seeds,
     }
-
-
-def _mean(rows: Sequence[Row], figure: str) -> float:
-    return statistics.fmean(row[figure] for row in rows)
-
-
-def _tables(rows: Sequence[Row]) -> Iterator[Table]:
-    means = [row for row in rows if row["layer"] == "mean"]
-    for trace, study in dict.fromkeys((row["trace"], row["study"]) for row in means):
-        here = [row for row in means if (row["trace"], row["study"]) == (trace, study)]
-        title = f"{trace}: {study}, mean over planned layers and splits"
-        if study == "domains":
-            yield Table(title=f"{title}, LAR; columns counted on", rows=_matrix(here, "lar"))
-            yield Table(title=f"{title}, remote copies saved", rows=_matrix(here, "saved"))
-            continue
-        table = []
-        for setting in dict.fromkeys(row["setting"] for row in here):
-            same = [row for row in here if row["setting"] == setting]
-            table.append(
-                {
-                    study: setting,
-                    "profiled tokens": round(_mean(same, "profiled_tokens")),
-                    "lar": f"{_mean(same, 'lar'):.3f}",
-                    "floor": f"{1 / same[0]['ep_size']:.3f}",
-                    "remote copies": f"{_mean(same, 'remote_copies'):.3f}",
-                    "contiguous": f"{_mean(same, 'contiguous_remote_copies'):.3f}",
-                    "saved": f"{_mean(same, 'saved'):.1%}",
-                    "load max/mean": f"{_mean(same, 'load_max_over_mean'):.2f}",
-                }
-            )
-        yield Table(title=title, rows=table)
-
-
-def _matrix(rows: Sequence[Row], figure: str) -> list[Row]:
-    """One row a domain planned on, one column a domain counted on."""
-    targets = list(dict.fromkeys(row["counted_on"] for row in rows))
-    return [
-        {
-            "planned on": source,
-            **{
-                target: f"{value:.1%}" if figure == "saved" else f"{value:.3f}"
-                for target in targets
-                for value in [
-                    _mean(
-                        [r for r in rows if (r["setting"], r["counted_on"]) == (source, target)],
-                        figure,
-                    )
-                ]
-            },
-        }
-        for source in dict.fromkeys(row["setting"] for row in rows)
-    ]
-
-
-def _charts(rows: Sequence[Row]) -> Iterator[Chart]:
-    means = [row for row in rows if row["layer"] == "mean"]
-    for study, x, label in (
-        ("profile size", "profiled_tokens", "remote copies saved"),
-        ("EP degree", "ep_size", "remote copies saved"),
-        ("ablations", "setting", "remote copies saved"),
-    ):
-        here = [row for row in means if row["study"] == study]
-        if here:
-            yield Chart(
-                title=study,
-                kind="bars" if x == "setting" else "lines",
-                rows=here,
-                x=x,
-                y="saved",
-                series="trace",
-                y_label=label,
-            )
-    here = [row for row in means if row["study"] == "domains"]
-    if here:
-        yield Chart(
-            title="domains: bars are what was planned on",
-            kind="bars",
-            rows=here,
-            x="counted_on",
-            y="saved",
-            series="setting",
-            y_label="remote copies saved",
-        )

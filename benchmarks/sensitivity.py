@@ -59,14 +59,23 @@ class Study:
     vocab_size: int
     seed: int
 
-    def plan(self, trace: RoutingTrace, *, ep_size: int) -> Planned:
-        """Plan with all that a trace tells: sampled batches, and a predictor with history."""
+    def plan(
+        self, trace: RoutingTrace, *, ep_size: int, policy: SemanticPolicy | None = None
+    ) -> Planned:
+        """Plan with all that a trace tells: sampled batches, and a predictor with history.
+
+        Args:
+            trace: What is profiled.
+            ep_size: EP ranks (G).
+            policy: The solver's settings, for single tokens (default: the usual ones).
+        """
         started = time.perf_counter()
         whole = self._profile(trace)
         part, profile = self.restrict(trace), self._profile(self.restrict(trace))
         predictor = self.ridge(trace, whole, depth=DEPTH)
         scores = _OfSomeLayers(predictor=predictor, trace=trace, layers=self.layers)
-        policy = SemanticPolicy(evidence=Evidence(trace=part, predictor=scores))
+        evidence = Evidence(trace=part, predictor=scores)
+        policy = dataclasses.replace(policy or SemanticPolicy(), evidence=evidence)
         placement = policy.place(profile, ep_size=ep_size, seed=self.seed)
         return Planned(
             placement=placement,

@@ -56,6 +56,19 @@ def test_profiles_are_nested_and_ep_degrees_divide_the_experts(trace_file, tmp_p
     assert all(0 < row["lar"] <= 1 and row["plan_seconds"] > 0 for row in rows)
 
 
+def test_the_search_varies_effort_and_allowed_load_around_the_usual_plan(trace_file, tmp_path):
+    rows = {row["setting"]: row for row in run_rows(trace_file, tmp_path, "--studies", "search")}
+    usual = rows["1x steps and starts"]
+    assert {row["value"] for row in rows.values()} >= {0.1, 4.0, 1.05, 1.3}
+    same = ("lar", "remote_copies", "load_max_over_mean")
+    assert [rows["load up to 1.15"][name] for name in same] == [usual[name] for name in same]
+    assert (
+        rows["0.1x steps and starts"]["plan_seconds"] < rows["4x steps and starts"]["plan_seconds"]
+    )
+    loads = [rows[f"load up to {load}"]["load_max_over_mean"] for load in ("1.05", "1.3")]
+    assert loads[0] <= loads[1] + 1e-9
+
+
 def test_a_plan_is_worth_most_on_the_domain_it_was_made_from(trace_file, tmp_path):
     (tmp_path / "domains.json").write_text(
         json.dumps({"even": ["topic 0", "topic 2"], "odd": ["topic 1", "topic 3"]})
