@@ -2,6 +2,7 @@
 
 For each trace and EP size, on the evaluated requests and under the same equal slices or windows:
 
+* contiguous: experts in order, and home ranks without a look at affinity;
 * reached: planned on the profiled requests, home ranks predicted;
 * oracle homes: the same placement, home ranks chosen knowing the true routes. No predictor can do
   better on this placement;
@@ -20,19 +21,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.registry import Result, Table
+from benchmarks.registry import Chart, Result, Row, Table
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.bounds import KnownRoutes, oracle_home_ranks
 from semantic_ep.plan.cost import evaluate
+from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.predictor_choice import choose_predictor
 from semantic_ep.plan.samples import Evidence
 from semantic_ep.plan.slices import BATCH_TOKENS
 from semantic_ep.plan.solver import SemanticPolicy
 from semantic_ep.plan.verdict import home_ranks
+
+_FIGURES = ("lar", "remote_copies", "load_max_over_mean", "tokens_max_over_mean")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measure the three levels."""
+    """Measure all levels."""
     from semantic_ep.observe.formats import read_npz_trace
 
     rows = []
@@ -57,21 +62,42 @@ def run(args: argparse.Namespace) -> Result:
                 parts = trace.split(args.profile_fraction, seed=seed)
                 case = {"trace": path.stem, "ep_size": ep_size, "mode": args.mode, "seed": seed}
                 rows += [{**case, **row} for row in _levels(*parts, ep_size, seed, args.mode)]
-    summary = []
-    for key in dict.fromkeys((r["trace"], r["ep_size"], r["level"]) for r in rows):
-        same = [r for r in rows if (r["trace"], r["ep_size"], r["level"]) == key]
-        figures = {
-            name: statistics.fmean(r[name] for r in same)
-            for name in ("lar", "remote_copies", "load_max_over_mean", "tokens_max_over_mean")
-        }
-        summary.append({"trace": key[0], "ep_size": key[1], "level": key[2], **figures})
-    protocol = {"profile_fraction": args.profile_fraction, "seeds": args.seeds, "mode": args.mode}
+    protocol = {
+        "split": f"by request, {args.profile_fraction:.0%} profiled, the rest evaluated",
+        "seeds": args.seeds,
+        "mode": args.mode,
+        "levels": (__doc__ or "").partition("windows:\n\n")[2].rstrip(),
+    }
+    summary = list(_summary(rows))
     return Result(
         theme="plan_bounds",
         protocol=protocol,
         rows=rows,
-        tables=[Table(title="mean over layers and seeds", rows=summary)],
+        tables=[Table(title="Mean over layers and splits", rows=summary)],
+        charts=[
+            Chart(
+                title=title,
+                kind="bars",
+                rows=[{**row, "case": f"{row['trace']}, EP{row['ep_size']}"} for row in summary],
+                x="case",
+                y=figure,
+                y_label=title,
+                series="level",
+            )
+            for figure, title in (("lar", "LAR"), ("remote_copies", "remote copies a token"))
+        ],
     )
+
+
+def _summary(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    for key in dict.fromkeys((row["trace"], row["ep_size"], row["level"]) for row in rows):
+        same = [row for row in rows if (row["trace"], row["ep_size"], row["level"]) == key]
+        yield {
+            "trace": key[0],
+            "ep_size": key[1],
+            "level": key[2],
+            **{name: statistics.fmean(row[name] for row in same) for name in _FIGURES},
+        }
 
 
 def _levels(
@@ -102,7 +128,14 @@ def _levels(
         knowing["oracle placement for LAR"] = dataclasses.replace(policy, pair_weight=0.0)
     for name, oracle in knowing.items():
         where[name] = oracle.place(known, ep_size=ep_size, seed=seed)
-    levels = {"reached": evaluate(placement, evaluated, home)}
+    plain = Placement.contiguous(
+        num_layers=placement.num_layers, num_experts=placement.num_experts, ep_size=ep_size
+    )
+    blind = home_ranks(evaluated, plain, None, policy.mode)
+    levels = {
+        "contiguous": evaluate(plain, evaluated, blind),
+        "reached": evaluate(placement, evaluated, home),
+    }
     for name, place in where.items():
         levels[name] = evaluate(place, evaluated, oracle_home_ranks(place, evaluated, mode))
     return [{"level": name, **cost.mean()} for name, cost in levels.items()]
