@@ -1,14 +1,13 @@
-"""Draw the front page's two pictures: `python -m benchmarks.pictures [--check]`.
+"""Draw the front page's two pictures, and write its tables: `python -m benchmarks.pictures`.
 
 The pipeline is a drawing; the gain is drawn from the committed results of the theme `plan`, and
 shown in the README once there are some. Both are SVG, in a light and a dark version, and the same
-bytes on every machine.
+bytes on every machine. Tables are those of `front_page`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +16,13 @@ from statistics import mean
 from typing import Any
 from xml.sax.saxutils import escape
 
+from benchmarks.front_page import MODELS, method_rows, with_tables
 from semantic_ep.report.plots import DARK, LIGHT, Theme
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "pictures"
 # Between these lines the README shows the gain.
 GAIN_BEGIN, GAIN_END = "<!-- gain -->\n", "<!-- /gain -->\n"
-RESULTS = "benchmarks/results/plan_*.json"
 EP_SIZE = 8
 # Method of the theme `plan` -> how the picture names it; all baselines, ours last.
 METHODS = {
@@ -38,7 +37,6 @@ METHODS = {
     "semantic-placement-only": "ours: placement",
     "semantic": "ours: with schedule",
 }
-MODELS = {"deepseek_v2_lite_chat": "DeepSeek-V2-Lite", "gpt_oss_20b": "gpt-oss-20b"}
 OURS = ("semantic-placement-only", "semantic")
 WIDTH = 860
 
@@ -48,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if one is stale")
     args = parser.parse_args(argv)
-    rows = committed_rows()
+    rows = method_rows()
     files = {FOLDER / name: text for name, text in pictures(rows).items()}
     readme = ROOT / "README.md"
-    files[readme] = with_gain(readme.read_text(), rows)
+    files[readme] = with_tables(with_gain(readme.read_text(), rows))
     stale = []
     for path, text in files.items():
         if not path.is_file() or path.read_text() != text:
@@ -63,14 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stale: {', '.join(stale)}; run python -m benchmarks.pictures", file=sys.stderr)
         return 1
     return 0
-
-
-def committed_rows() -> list[Mapping[str, Any]]:
-    """Rows of all committed results that compare methods on traces."""
-    rows = [
-        row for file in sorted(ROOT.glob(RESULTS)) for row in json.loads(file.read_text())["rows"]
-    ]
-    return [row for row in rows if {"trace", "method", "remote_copies"} <= set(row)]
 
 
 def pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -88,6 +88,10 @@ class Result:
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
 
+    def __post_init__(self) -> None:
+        # Seven digits are more than any measurement has, and half as many bytes.
+        object.__setattr__(self, "rows", rounded(self.rows))
+
     def document(self, *, seed: int | None = None) -> dict[str, Any]:
         """Return the result as it is written: measurements, protocol and environment.
 
@@ -166,6 +170,17 @@ def write_json(document: Mapping[str, Any], path: Path) -> None:
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text.replace('"rows": []\n}', f'"rows": [\n  {lines}\n ]\n}}') + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """A value with all floats in it to seven digits, as rows of results have them."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(one) for one in value]
+    return value
 
 
 def _commit() -> str:

@@ -17,6 +17,8 @@ from semantic_ep.observe.traces import RoutingTrace
 
 TOPICS, VOCAB, EXPERTS, LAYERS, TOP_K = 4, 256, 8, 2, 2
 RANDOM_REQUESTS = 24
+# Of a token's embedding about its topic's, in each dimension.
+WORD_SPREAD = 0.7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,6 +103,7 @@ def planted_inputs(
     hidden: int = 32,
     inner: int = 16,
     longest: int = 24,
+    looseness: float = 0.1,
 ) -> Inputs:
     """A tiny random model whose router follows the topic of a token; requests keep to a topic.
 
@@ -113,6 +116,8 @@ def planted_inputs(
         hidden: Width of the model (D).
         inner: Width of an expert.
         longest: Tokens that a prompt has less than.
+        looseness: How far the router's choice among experts differs by token instead of topic:
+            standard deviation of the former over the latter's part of a logit.
     """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -128,14 +133,16 @@ def planted_inputs(
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config)
     topic_VD = torch.randn(TOPICS, hidden).repeat(VOCAB // TOPICS, 1)
-    token_VD = topic_VD + 0.7 * torch.randn(VOCAB, hidden)
+    token_VD = topic_VD + WORD_SPREAD * torch.randn(VOCAB, hidden)
+    # A logit sums D products: a topic's with itself, D, and of noise, which grows as sqrt(D).
+    noise = looseness * float(np.sqrt(hidden / (1 + WORD_SPREAD**2)))
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(token_VD)
         # The next token is the topic's next word.
         model.lm_head.weight.copy_(token_VD.roll(TOPICS, dims=0))
         for layer in model.model.layers:
             layer.mlp.gate.weight.copy_(
-                topic_VD[:EXPERTS] + 0.3 * torch.randn(EXPERTS, hidden)
+                topic_VD[:EXPERTS] + noise * torch.randn(EXPERTS, hidden)
             )  # The topic of row e is e mod 4.
     model.save_pretrained(directory)
     draw = np.random.default_rng(seed)

@@ -44,6 +44,13 @@ def test_json_has_one_row_a_line(tmp_path):
     assert sum(line.strip().startswith('{"method"') for line in text.splitlines()) == 2
 
 
+def test_floats_are_written_with_seven_digits_and_all_else_as_it_is(tmp_path):
+    row = {"lar": 0.123456789, "tokens": 123456789, "layer": "mean", "steps": [1 / 3, None, True]}
+    write_json(Result(theme="plan", protocol={}, rows=[row]).document(), tmp_path / "out.json")
+    written = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert written == [{**row, "lar": 0.1234568, "steps": [0.3333333, None, True]}]
+
+
 def test_json_of_no_rows_is_valid(tmp_path):
     empty = Result(theme="plan", protocol={}, rows=[])
     write_json(empty.document(), tmp_path / "out.json")
