@@ -146,6 +146,11 @@ class ServeConfig(_Section):
     max_sequences: PositiveInt = Field(
         32, description="sequences that run together on a rank of the HTTP server"
     )
+    prefix_cache: bool = Field(
+        True,
+        description="whether the HTTP server computes a beginning that prompts share once on each "
+        "rank, and keeps it while there is room",
+    )
 
 
 class TrackingConfig(_Section):

@@ -2,7 +2,8 @@
 
 Decoding sequences run in every step; what is left of the token budget goes to chunks of prompts,
 oldest first. When blocks run out, the youngest sequence gives its up and is computed again later:
-the oldest one always proceeds, so that every request ends.
+the oldest one always proceeds, so that every request ends. With a prefix cache a sequence starts
+behind the blocks that others have filled with the same tokens.
 """
 
 from __future__ import annotations
@@ -21,14 +22,25 @@ class Batcher:
         pool: Blocks of the KV cache.
         max_sequences: Sequences that run together.
         max_step_tokens: Tokens of a step, at least `max_sequences`.
+        prefix_cache: Whether sequences share the full blocks of a common beginning.
 
     Attributes:
         preemptions: Times a sequence lost its blocks.
+        prefix_queries: Prompt tokens of sequences that were started, each once; 0 without sharing.
+        prefix_hits: Of these, found in blocks that were full already.
     """
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        max_step_tokens: int,
+        prefix_cache: bool = False,
+    ) -> None:
         self.pool = pool
-        self.preemptions = 0
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self._prefix_cache = prefix_cache
         self._max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
         self._running: list[Sequence] = []  # by age
@@ -63,19 +75,24 @@ class Batcher:
                 budget -= count
         while budget and self._waiting and len(self._running) < self._max_sequences:
             sequence = self._waiting[0]
-            # The whole of it, or it would soon be pre-empted; what others need next goes first.
-            if self.pool.missing([], len(sequence.tokens)) > self.pool.num_free:
+            if not self._start(sequence):
                 break
             self._waiting.popleft()
             self._running.append(sequence)
             count = min(sequence.pending, budget)
-            share = self.pool.capacity // self._max_sequences
-            self.pool.grow(
-                sequence.blocks, len(sequence.tokens), expected=min(sequence.longest, share)
-            )
             step[sequence] = count
             budget -= count
         return list(step.items())
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """The step has computed this many tokens of a sequence."""
+        size = self.pool.block_size
+        full = sequence.computed // size
+        sequence.computed += count
+        if self._prefix_cache:
+            names = sequence.block_names(sequence.computed // size, size)
+            for block, name in zip(sequence.blocks[full:], names[full:]):
+                self.pool.name(block, name)
 
     def load(self) -> RankLoad:
         """Sequences, pending prompt tokens and use of the cache."""
@@ -88,6 +105,28 @@ class Batcher:
             kv_tokens_used=used * self.pool.block_size,
             kv_tokens_total=self.pool.capacity,
         )
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Get blocks for the whole of a sequence, or it would soon be pre-empted."""
+        size, names = self.pool.block_size, []
+        if self._prefix_cache:
+            # The last token is computed in any case: the next one follows from its output.
+            names = sequence.block_names((len(sequence.tokens) - 1) // size, size)
+        share = self.pool.capacity // self._max_sequences
+        full = self.pool.begin(
+            sequence.blocks,
+            len(sequence.tokens),
+            names=names,
+            expected=min(sequence.longest, share),
+        )
+        if full is None:
+            return False
+        sequence.computed = full * size
+        if self._prefix_cache and sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+            self.prefix_queries += len(sequence.tokens)
+            self.prefix_hits += sequence.computed
+        return True
 
     def _take(self, sequence: Sequence, count: int, step: dict[Sequence, int]) -> bool:
         """Get blocks for a sequence, from younger ones if need be; False if it was the youngest."""

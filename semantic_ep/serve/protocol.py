@@ -96,6 +96,7 @@ class TokenEvent:
         error: What went wrong, with finish_reason "error".
         logprobs: One for each of `token_ids` if asked for.
         rank: EP rank that serves the request; -1 if it never reached one.
+        cached_tokens: Prompt tokens that the prefix cache had, the same in all events with tokens.
     """
 
     request_id: str
@@ -106,6 +107,7 @@ class TokenEvent:
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     rank: int = -1
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +181,8 @@ class RankStats:
         prompt_tokens: Prompt tokens of requests that were started.
         new_tokens: Tokens generated.
         preemptions: Times a sequence lost its KV blocks to an older one.
+        prefix_cache_queries: Prompt tokens looked for in the prefix cache; 0 without one.
+        prefix_cache_hits: Of these, found.
         routed_tokens: Tokens dispatched, summed over layers.
         activations: (token, expert) pairs of this rank's tokens, summed over layers.
         local_activations: Of these, computed on this rank.
@@ -195,6 +199,8 @@ class RankStats:
     prompt_tokens: int = 0
     new_tokens: int = 0
     preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     routed_tokens: int = 0
     activations: int = 0
     local_activations: int = 0

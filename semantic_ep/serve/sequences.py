@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from semantic_ep.serve.blocks import block_name
 from semantic_ep.serve.protocol import EngineRequest, FinishReason
 
 
@@ -20,6 +21,8 @@ class Sequence:
         tokens: Prompt and what was generated.
         computed: Positions whose keys and values are in the cache.
         blocks: Blocks of the cache that the sequence holds.
+        cached_tokens: Prompt tokens that were in the cache when it first started; None before, or
+            without a prefix cache.
         draws: Its random numbers; they survive a pre-emption.
     """
 
@@ -30,6 +33,8 @@ class Sequence:
         self.tokens = list(request.prompt_token_ids)
         self.computed = 0
         self.blocks: list[int] = []
+        self.cached_tokens: int | None = None
+        self._names: list[bytes] = []
         self.draws = random.Random(request.sampling.seed)
         own = frozenset(request.sampling.stop_token_ids)
         self._stop_ids = own if request.sampling.ignore_eos else own | stop_ids
@@ -49,6 +54,14 @@ class Sequence:
     def num_new(self) -> int:
         """Tokens generated."""
         return len(self.tokens) - len(self.request.prompt_token_ids)
+
+    def block_names(self, count: int, block_size: int) -> list[bytes]:
+        """Names of the first blocks, all of whose tokens are known."""
+        for number in range(len(self._names), count):
+            before = self._names[-1] if self._names else b""
+            start = number * block_size
+            self._names.append(block_name(before, self.tokens[start : start + block_size]))
+        return self._names[:count]
 
     def append(self, token: int) -> tuple[str, FinishReason | None, str | int | None]:
         """Take a generated token.

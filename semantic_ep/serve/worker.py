@@ -33,9 +33,11 @@ class RankWorker:
         max_sequences: Sequences that run together.
         max_step_tokens: Tokens of a step: decoding sequences, and chunks of prompts up to here.
         tokenizer: Of transformers, for text and stop texts; None: tokens only.
+        prefix_cache: Whether keys and values of a beginning that requests share are computed once.
 
     Attributes:
         has_all_requests: Whether a request belongs to every rank (attention-TP), not to one.
+        speaks: Whether this rank reports events and counts requests.
         prompt_tokens, new_tokens: Counted since the start.
         recorder: Has what was last recorded, or is being (see `semantic_ep.serve.recording`).
         slot_rows_before: Rows that each slot had computed when the placement in use was taken over.
@@ -54,6 +56,7 @@ class RankWorker:
         max_sequences: int = 32,
         max_step_tokens: int = MAX_STEP_TOKENS,
         tokenizer: Any = None,
+        prefix_cache: bool = False,
     ) -> None:
         step_tokens = max(max_step_tokens, max_sequences)
         _check_step(step_tokens, model.dispatcher.max_tokens)
@@ -63,7 +66,7 @@ class RankWorker:
         self.slot_rows_before: Any = 0
         self._rank = rank
         self.has_all_requests = model.token_slices is not None
-        self._speaks = rank == 0 or not self.has_all_requests
+        self.speaks = rank == 0 or not self.has_all_requests
         self._tokenizer = tokenizer
         # Latent keys (DeepSeek) are expanded by the model after the cache has gathered them; on a
         # GPU one launch for all sequences is worth a copy.
@@ -71,21 +74,26 @@ class RankWorker:
         latent = getattr(config, "kv_lora_rank", None) is not None
         self._in_place = model.context.timer.device.type == "cpu" and not latent
         pool = BlockPool(num_blocks=kv_cache_tokens // block_size, block_size=block_size)
-        self.batcher = Batcher(pool, max_sequences=max_sequences, max_step_tokens=step_tokens)
+        self.batcher = Batcher(
+            pool,
+            max_sequences=max_sequences,
+            max_step_tokens=step_tokens,
+            prefix_cache=prefix_cache,
+        )
         self.cache = PagedKVCache(num_blocks=pool.num_blocks, block_size=block_size)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request that fits (see `SemanticInferenceEngine.check`)."""
         self.batcher.add(Sequence(request, stop_ids=self.model.stop_ids, tokenizer=self._tokenizer))
-        self.prompt_tokens += len(request.prompt_token_ids) * self._speaks
+        self.prompt_tokens += len(request.prompt_token_ids) * self.speaks
 
     def load(self) -> RankLoad:
         """What this rank has to do; requests that all ranks have count on rank 0 only."""
-        return self.batcher.load() if self._speaks else RankLoad()
+        return self.batcher.load() if self.speaks else RankLoad()
 
     def cancel(self, request_id: str) -> TokenEvent | None:
         """End a request and free its blocks; None if it is not here."""
-        if self.batcher.remove(request_id) is None or not self._speaks:
+        if self.batcher.remove(request_id) is None or not self.speaks:
             return None
         return TokenEvent(request_id=request_id, finish_reason="cancelled", rank=self._rank)
 
@@ -133,7 +141,7 @@ class RankWorker:
         if recording:
             self.recorder.step()
         for sequence, count in work:
-            sequence.computed += count
+            self.batcher.advance(sequence, count)
         return self._append(logits_BV, [work[row][0] for row in ready])
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
@@ -163,9 +171,10 @@ class RankWorker:
                     stop_reason=stop,
                     logprobs=told,
                     rank=self._rank,
+                    cached_tokens=sequence.cached_tokens or 0,
                 )
             )
-        if not self._speaks:
+        if not self.speaks:
             return []
         self.new_tokens += len(tokens)
         return events

@@ -70,6 +70,36 @@ def test_the_openai_client_holds_a_conversation(server):
     assert "".join(pieces) == whole.choices[0].message.content
 
 
+def test_a_prompt_that_begins_alike_is_computed_in_part_and_answered_the_same(model, server):
+    text = "You are a helpful assistant. "  # 29 tokens: a block and a part of one
+    prompts = [text + "Why?", text + "Who are you?", text + "Why?", "Say: " + text]
+    asked = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    without = Server(model, 1, "--semantic-ep-serve-prefix-cache", "false")
+    try:
+        want = [without.post(prompt=prompt, **asked).json() for prompt in prompts]
+        told = without.http.get("/metrics").text
+    finally:
+        without.close()
+    assert 'prefix_cache_queries_total{model_name="tiny"} 0.0' in told
+    got = [server.post(prompt=prompt, **asked).json() for prompt in prompts]
+    assert [g["choices"] for g in got] == [w["choices"] for w in want]
+    for answers, cached in ((want, [0, 0, 0, 0]), (got, [0, 16, 32, 0])):
+        usage = [answer["usage"] for answer in answers]
+        assert [u["prompt_tokens"] for u in usage] == [33, 41, 33, 34]
+        assert [u["prompt_tokens_details"]["cached_tokens"] for u in usage] == cached
+
+    client = server.openai
+    include = {"stream_options": {"include_usage": True}, "model": "tiny", "stream": True}
+    *_, last = client.completions.create(prompt=prompts[:2], n=2, **include, max_tokens=1)
+    # Each prompt once, as in the number of its tokens.
+    assert last.usage.prompt_tokens_details.cached_tokens == 32 + 32
+    messages = [{"role": "user", "content": text * 2}]
+    for _ in range(2):
+        chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+    assert chat.usage.prompt_tokens_details.cached_tokens == 64
+    assert chat.usage.prompt_tokens == len(f"user: {text * 2}\n") == 65
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         peer_timeout=args.peer_timeout,
         kv_cache_tokens=settings.serve.kv_cache_tokens,
         max_sequences=settings.serve.max_sequences,
+        prefix_cache=settings.serve.prefix_cache,
         tokenizer=tokenizer,
     )
 

@@ -56,14 +56,15 @@ class Answer(abc.ABC):
         Raises:
             ApiError: See `check`.
         """
-        new_tokens = 0
+        new_tokens, cached = 0, {}
         async for event in events:
             check(event)
             new_tokens += len(event.token_ids)
+            cached[work.index_of(event)] = event.cached_tokens
             if event.text or event.finish_reason or event.logprobs:
                 yield self.piece(work.index_of(event), event)
         if self._usage:
-            yield self.last(work.usage(new_tokens))
+            yield self.last(work.usage(new_tokens, cached))
 
     def text_of(self, token_id: int, logprob: float) -> tuple[str, float]:
         """A token as clients see it, and its log-probability."""
@@ -90,7 +91,7 @@ class CompletionAnswer(Answer):
                 )
                 for index, choice in enumerate(choices)
             ],
-            usage=work.usage(sum(choice.new_tokens for choice in choices)),
+            usage=_usage(work, choices),
         )
 
     def piece(self, index: int, event: TokenEvent) -> BaseModel:
@@ -146,7 +147,7 @@ class ChatAnswer(Answer):
                 )
                 for index, choice in enumerate(choices)
             ],
-            usage=work.usage(sum(choice.new_tokens for choice in choices)),
+            usage=_usage(work, choices),
         )
 
     def piece(self, index: int, event: TokenEvent) -> BaseModel:
@@ -181,3 +182,8 @@ class ChatAnswer(Answer):
     def _alternative(self, token_id: int, logprob: float) -> dict[str, Any]:
         text, logprob = self.text_of(token_id, logprob)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _usage(work: Work, choices: Sequence[Choice]) -> schemas.Usage:
+    new_tokens = sum(choice.new_tokens for choice in choices)
+    return work.usage(new_tokens, {n: choice.cached_tokens for n, choice in enumerate(choices)})

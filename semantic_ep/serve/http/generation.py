@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from semantic_ep.serve.http.errors import ApiError
-from semantic_ep.serve.http.schemas import Usage
+from semantic_ep.serve.http.schemas import PromptTokensDetails, Usage
 from semantic_ep.serve.protocol import (
     EngineRequest,
     SamplingParams,
@@ -35,10 +35,12 @@ class Work:
     Attributes:
         requests: For the engine.
         prompt_tokens: Of all prompts, each counted once.
+        choices: Sequences of each prompt (n).
     """
 
     requests: Sequence[EngineRequest]
     prompt_tokens: int
+    choices: int
 
     @classmethod
     def of(
@@ -56,18 +58,29 @@ class Work:
                         sampling=dataclasses.replace(sampling, seed=seed),
                     )
                 )
-        return cls(requests=requests, prompt_tokens=sum(map(len, prompts)))
+        return cls(requests=requests, prompt_tokens=sum(map(len, prompts)), choices=n)
 
     def index_of(self, event: TokenEvent) -> int:
         """Which choice an event is about."""
         return int(event.request_id.rpartition("-")[2])
 
-    def usage(self, new_tokens: int) -> Usage:
-        """Tokens of all choices together."""
+    def usage(self, new_tokens: int, cached: Mapping[int, int]) -> Usage:
+        """Tokens of all choices together.
+
+        Args:
+            new_tokens: Generated.
+            cached: Prompt tokens that the cache had, by choice. Those of a prompt are the ones
+                that none of its choices computed.
+        """
+        each = [cached.get(index, 0) for index in range(len(self.requests))]
+        prompts = [
+            each[start : start + self.choices] for start in range(0, len(each), self.choices)
+        ]
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=new_tokens,
             total_tokens=self.prompt_tokens + new_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(map(min, prompts))),
         )
 
 
@@ -77,6 +90,7 @@ class Choice:
 
     text: str = ""
     new_tokens: int = 0
+    cached_tokens: int = 0
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
 
@@ -109,6 +123,7 @@ async def collect(work: Work, events: AsyncIterator[TokenEvent]) -> list[Choice]
         choice = choices[work.index_of(event)]
         choice.text += event.text
         choice.new_tokens += len(event.token_ids)
+        choice.cached_tokens = event.cached_tokens
         choice.finish_reason = event.finish_reason
         choice.logprobs += event.logprobs
     return choices

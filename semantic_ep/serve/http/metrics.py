@@ -173,6 +173,16 @@ class _EngineCollector(Collector):
         yield counter(
             "num_preemptions", "Times a sequence lost its blocks", [r.preemptions for r in ranks]
         )
+        yield counter(
+            "prefix_cache_queries",
+            "Prompt tokens looked for in the prefix cache",
+            [r.prefix_cache_queries for r in ranks],
+        )
+        yield counter(
+            "prefix_cache_hits",
+            "Prompt tokens found in the prefix cache",
+            [r.prefix_cache_hits for r in ranks],
+        )
         yield gauge(
             "local_activation_rate",
             "Share of (token, expert) activations computed on the token's rank",

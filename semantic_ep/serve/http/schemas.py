@@ -190,12 +190,19 @@ class _Response(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class PromptTokensDetails(_Response):
+    """Prompt tokens that were in the cache and therefore not computed."""
+
+    cached_tokens: int
+
+
 class Usage(_Response):
     """Tokens of all choices together; each prompt is counted once."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(_Response):

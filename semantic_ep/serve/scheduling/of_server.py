@@ -5,6 +5,7 @@ from __future__ import annotations
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.plan.plan import Plan
+from semantic_ep.serve.blocks import BLOCK_SIZE
 from semantic_ep.serve.engine import SemanticInferenceEngine
 from semantic_ep.serve.scheduling.make import make_scheduler
 from semantic_ep.serve.scheduling.measured import measured_accelerator, serving_cost
@@ -21,7 +22,9 @@ def server_scheduler(
 ) -> Scheduler:
     """Make it; for rank 0, whose device is measured if the policy predicts times.
 
-    Our engine keeps no prefixes, so the scheduler keeps no index of them either.
+    What it takes for cached on a rank is what it sent there last, as much as the rank's KV cache
+    holds: an approximation, since running sequences need room too. A rank that has less computes
+    more, and nothing else.
 
     Args:
         engine: With the model loaded.
@@ -50,6 +53,8 @@ def server_scheduler(
         schedule=None if plan is None else plan.schedule,
         top_k=engine.model.fingerprint.top_k,
         cost=cost,
+        prefix_block_size=BLOCK_SIZE,
+        prefix_tokens_per_rank=settings.serve.kv_cache_tokens if settings.serve.prefix_cache else 0,
         max_sequences=max_sequences,
     )
 

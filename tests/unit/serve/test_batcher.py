@@ -1,4 +1,7 @@
+from collections import Counter
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,9 +14,10 @@ BLOCK, BLOCKS = 4, 12
 FITS = BLOCK * BLOCKS
 
 
-def sequence(name, prompt_tokens, new_tokens=1):
+def sequence(name, prompt, new_tokens=1):
     sampling = SamplingParams(max_tokens=new_tokens, temperature=0)
-    request = EngineRequest(id=name, prompt_token_ids=[7] * prompt_tokens, sampling=sampling)
+    prompt = [7] * prompt if isinstance(prompt, int) else prompt
+    request = EngineRequest(id=name, prompt_token_ids=prompt, sampling=sampling)
     return Sequence(request, stop_ids=frozenset())
 
 
@@ -27,30 +31,40 @@ def run_step(subject):
     plan, ended = subject.plan(), []
     for member, count in plan:
         ready = count == member.pending
-        member.computed += count
+        subject.advance(member, count)
         if ready and member.append(5)[1] is not None:
             ended.append(subject.remove(member.request.id))
     return plan, ended
 
 
 def check_blocks(subject, alive):
-    held = [block for member in alive for block in member.blocks]
-    assert len(set(held)) == len(held)
-    assert len(held) + subject.pool.num_free == BLOCKS
-    assert not subject.pool._free[held].any()
-    assert subject.pool._free.sum() == subject.pool.num_free
+    pool, holders = subject.pool, Counter(b for member in alive for b in member.blocks)
+    assert pool._holders == holders
+    assert len(holders) + pool.num_free == BLOCKS
+    free, kept = set(np.flatnonzero(pool._free).tolist()), set(pool._kept)
+    assert sorted([*holders, *free, *kept]) == list(range(BLOCKS)), "a block in two states"
+    assert {block: name for name, block in pool._block_of.items()} == pool._name_of
+    assert kept <= set(pool._name_of)
+    assert free.isdisjoint(pool._name_of)
+    for member in alive:
+        for number, block in enumerate(member.blocks):
+            if holders[block] > 1:
+                assert (number + 1) * BLOCK <= member.computed, "shared, and still written to"
 
 
+@pytest.mark.parametrize("prefix_cache", [False, True])
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_every_request_ends_and_no_block_is_lost_or_given_twice(data):
-    subject, alive, ended, arrivals = batcher(), {}, set(), 0
+def test_every_request_ends_and_no_block_is_lost_or_given_twice(prefix_cache, data):
+    subject, alive, ended, arrivals = batcher(prefix_cache=prefix_cache), {}, set(), 0
     for _ in range(data.draw(st.integers(1, 30))):
         action = data.draw(st.sampled_from(["arrive", "step", "step", "cancel"]))
         if action == "arrive":
             prompt = data.draw(st.integers(1, FITS - 1))
             new = data.draw(st.integers(1, FITS - prompt))
-            alive[str(arrivals)] = sequence(str(arrivals), prompt, new)
+            # Beginnings of three texts, so that many are alike.
+            text = [data.draw(st.integers(7, 9))] * prompt
+            alive[str(arrivals)] = sequence(str(arrivals), text, new)
             subject.add(alive[str(arrivals)])
             arrivals += 1
         elif action == "cancel" and alive:
@@ -75,27 +89,33 @@ def test_every_request_ends_and_no_block_is_lost_or_given_twice(data):
         steps += 1
         assert steps < 2000, "a request never ends"
     assert not subject
+    check_blocks(subject, [])
     assert subject.pool.num_free == BLOCKS
+    assert prefix_cache or not subject.pool._kept
     assert subject.load().kv_tokens_used == 0
+    assert not subject.pool._expected.any()
+    assert not subject.pool._ends
 
 
 def test_blocks_of_sequences_that_grow_together_follow_each_other():
     pool = BlockPool(num_blocks=BLOCKS, block_size=BLOCK)
     held = {name: [] for name in "abc"}
+    for blocks in held.values():
+        assert pool.begin(blocks, 1, expected=FITS // 3) == 0
     for tokens in range(1, FITS // 3 + 1):
         for blocks in held.values():
-            assert pool.grow(blocks, tokens, expected=FITS // 3)
+            assert pool.grow(blocks, tokens)
     starts = sorted(blocks[0] for blocks in held.values())
     assert starts == [0, BLOCKS // 3, 2 * BLOCKS // 3]
     assert all(blocks == list(range(blocks[0], blocks[0] + 4)) for blocks in held.values())
-    assert not pool.grow([], 1)
+    assert pool.begin([], 1) is None
 
 
 def test_a_block_that_somebody_expects_to_need_is_given_to_who_needs_it_now():
     pool = BlockPool(num_blocks=BLOCKS, block_size=BLOCK)
     first, second = [], []
-    assert pool.grow(first, BLOCK, expected=FITS)
-    assert pool.grow(second, FITS - BLOCK)
+    assert pool.begin(first, BLOCK, expected=FITS) == 0
+    assert pool.begin(second, FITS - BLOCK) == 0
     assert pool.num_free == 0
     assert sorted([*first, *second]) == list(range(BLOCKS))
     pool.release(first)
