@@ -23,6 +23,7 @@ from semantic_ep.serve.protocol import (
     RankLoad,
     RankStats,
     RecordAction,
+    RecordedPhase,
     RequestScheduler,
     TokenEvent,
 )
@@ -157,9 +158,12 @@ class GroupEngine:
         action = functools.partial(take_over, placement=new.placement, schedule=schedule)
         return self._enqueue(action, future)
 
-    def record(self, action: RecordAction, output: Path | None = None) -> Future[Mapping[str, Any]]:
+    def record(
+        self, action: RecordAction, output: Path | None = None, *, phase: RecordedPhase = "all"
+    ) -> Future[Mapping[str, Any]]:
         """See `Engine`."""
-        return self._enqueue(functools.partial(record, action=action, output=output), _future())
+        command = functools.partial(record, action=action, output=output, phase=phase)
+        return self._enqueue(command, _future())
 
     def drain(self) -> Future[None]:
         """See `Engine`."""

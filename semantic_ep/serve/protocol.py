@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 RecordAction = Literal["start", "stop", "dump"]
+# Tokens of prompts, or generated ones.
+RecordedPhase = Literal["all", "prefill", "decode"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,13 +339,16 @@ class Engine(Protocol):
         """
         ...
 
-    def record(self, action: RecordAction, output: Path | None = None) -> Future[Mapping[str, Any]]:
+    def record(
+        self, action: RecordAction, output: Path | None = None, *, phase: RecordedPhase = "all"
+    ) -> Future[Mapping[str, Any]]:
         """Start or stop counting routing on all ranks, or write it as a profile.
 
         Args:
             action: "start" counts from zero; "dump" writes what was counted so far, before or
                 after "stop".
             output: Directory of the profile artefact, for "dump".
+            phase: Tokens to count, for "start".
 
         Returns:
             From "dump", "tokens" counted and "output"; else nothing.

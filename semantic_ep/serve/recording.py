@@ -9,12 +9,17 @@ from torch.distributed import ProcessGroup
 
 from semantic_ep.errors import RequestError, explain
 from semantic_ep.observe.recorder import RoutingRecorder
-from semantic_ep.serve.protocol import RecordAction
+from semantic_ep.serve.protocol import RecordAction, RecordedPhase
 from semantic_ep.serve.worker import RankWorker
 
 
 def record(
-    worker: RankWorker, group: ProcessGroup, *, action: RecordAction, output: Path | None
+    worker: RankWorker,
+    group: ProcessGroup,
+    *,
+    action: RecordAction,
+    output: Path | None,
+    phase: RecordedPhase = "all",
 ) -> dict[str, Any]:
     """Carry out a command on this rank; every rank calls this together.
 
@@ -23,6 +28,7 @@ def record(
         group: Its ranks, on gloo: profiles are combined on the host.
         action: See `semantic_ep.serve.protocol.Engine.record`.
         output: Directory of the profile, for "dump"; rank 0 writes it.
+        phase: Tokens to count, for "start"; named in the profile.
 
     Raises:
         RequestError: The command does not fit the state; on all ranks alike.
@@ -40,6 +46,7 @@ def record(
             vocab_size=worker.model.module.config.get_text_config().vocab_size,
             seed=group.rank(),
         )
+        worker.recorded_phase = phase
         worker.model.context.recorder = worker.recorder
         return {}
     if action == "stop":
@@ -48,9 +55,8 @@ def record(
         return {}
     _require(worker.recorder is not None, "no routing has been recorded", action)
     _require(output is not None, "there is nowhere to write the profile to", action)
-    profile = worker.recorder.profile(
-        worker.model.fingerprint, group=group, meta={"framework": "serving", "ranks": group.size()}
-    )
+    meta = {"framework": "serving", "ranks": group.size(), "phase": worker.recorded_phase}
+    profile = worker.recorder.profile(worker.model.fingerprint, group=group, meta=meta)
     if profile is None:
         return {}
     profile.save(output)

@@ -15,7 +15,7 @@ from semantic_ep.integrations.paged_attention import Chunk, PackedBatch, PagedKV
 from semantic_ep.observe.recorder import RoutingRecorder
 from semantic_ep.serve.batcher import Batcher
 from semantic_ep.serve.blocks import BLOCK_SIZE, BlockPool, blocks_for
-from semantic_ep.serve.protocol import EngineRequest, RankLoad, TokenEvent
+from semantic_ep.serve.protocol import EngineRequest, RankLoad, RecordedPhase, TokenEvent
 from semantic_ep.serve.sampler import logprobs, sample
 from semantic_ep.serve.sequences import Sequence
 
@@ -40,6 +40,7 @@ class RankWorker:
         speaks: Whether this rank reports events and counts requests.
         prompt_tokens, new_tokens: Counted since the start.
         recorder: Has what was last recorded, or is being (see `semantic_ep.serve.recording`).
+        recorded_phase: Tokens that it counts.
         slot_rows_before: Rows that each slot had computed when the placement in use was taken over.
 
     Raises:
@@ -63,6 +64,7 @@ class RankWorker:
         self.model = model
         self.prompt_tokens = self.new_tokens = 0
         self.recorder: RoutingRecorder | None = None
+        self.recorded_phase: RecordedPhase = "all"
         self.slot_rows_before: Any = 0
         self._rank = rank
         self.has_all_requests = model.token_slices is not None
@@ -127,7 +129,10 @@ class RankWorker:
         recording = self.model.context.recorder is not None
         if recording:
             sequence_T = [c for c in batch.order for _ in range(work[c][1])]
-            self.recorder.start_micro_batch(id_T, sequence_T=torch.tensor(sequence_T))
+            mask_T = self._recorded_tokens([work[c] for c in batch.order])
+            self.recorder.start_micro_batch(
+                id_T, mask_T=mask_T, sequence_T=torch.tensor(sequence_T)
+            )
         if self.model.token_slices is not None:
             self.model.token_slices.start_step(id_T)
         logits_BV = self.model.engine(
@@ -143,6 +148,18 @@ class RankWorker:
         for sequence, count in work:
             self.batcher.advance(sequence, count)
         return self._append(logits_BV, [work[row][0] for row in ready])
+
+    def _recorded_tokens(self, work: list[tuple[Sequence, int]]) -> torch.Tensor | None:
+        """[T] true for tokens of the phase that is recorded; None for all."""
+        if self.recorded_phase == "all":
+            return None
+        # Generated tokens that are computed again after a pre-emption stay generated ones.
+        generated_T = [
+            position >= len(sequence.request.prompt_token_ids)
+            for sequence, count in work
+            for position in range(sequence.computed, sequence.computed + count)
+        ]
+        return torch.tensor(generated_T) == (self.recorded_phase == "decode")
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         needed = blocks_for(sequence.computed + count, self.cache.block_size)

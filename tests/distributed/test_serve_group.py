@@ -233,6 +233,22 @@ def _record(client, output):
     profile = RoutingProfile.read(output)
     assert profile.token_count.tolist() == np.bincount(run, minlength=VOCAB).tolist()
     assert profile.load.sum(axis=1).tolist() == [2 * len(run)] * LAYERS
+    # Both phases of the same requests come to the whole.
+    phases = {"prefill": prompts, "decode": [more[:-1] for more in new]}
+    counted = {}
+    for phase, parts in phases.items():
+        client.engine.record("start", phase=phase).result(60)
+        for number, prompt in enumerate(prompts):
+            client.submit(f"{phase}{number}", prompt)
+            assert client.tokens(f"{phase}{number}") == new[number]
+        client.engine.record("stop").result(60)
+        path = output.with_name(phase)
+        client.engine.record("dump", path).result(60)
+        counted[phase] = RoutingProfile.read(path)
+        expected = np.bincount([t for part in parts for t in part], minlength=VOCAB)
+        assert counted[phase].token_count.tolist() == expected.tolist()
+        assert counted[phase].meta["phase"] == phase
+    assert (counted["prefill"].load + counted["decode"].load).tolist() == profile.load.tolist()
 
 
 def _record_while_serving(rank, ranks, directory, output):

@@ -20,6 +20,7 @@ from semantic_ep.errors import PeerFailureError, RequestError, SemanticEPError, 
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.serve.http.errors import ERRORS, ApiError
 from semantic_ep.serve.http.front import Front
+from semantic_ep.serve.protocol import RecordedPhase
 
 # One part of a path, and not hidden.
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
@@ -66,9 +67,9 @@ def add_admin(app: FastAPI, front: Front, directory: Path) -> None:
     # SGLang answers both methods.
     @app.get("/start_expert_distribution_record", responses=ERRORS)
     @app.post("/start_expert_distribution_record", responses=ERRORS)
-    async def start_expert_distribution_record() -> Recorded:
-        """Count routing from zero on all ranks."""
-        await _outcome(front.engine.record("start"))
+    async def start_expert_distribution_record(phase: RecordedPhase = "all") -> Recorded:
+        """Count routing from zero on all ranks: of prompts, of generated tokens, or of both."""
+        await _outcome(front.engine.record("start", phase=phase))
         return Recorded(status="recording")
 
     @app.get("/stop_expert_distribution_record", responses=ERRORS)
