@@ -143,6 +143,21 @@ def test_two_groups_of_two_ranks_have_the_losses_of_a_model_that_is_not_spread(p
     assert_same_losses(*run_ranks(_train_under, 4, plans, stage, PLAIN_DESCENT)[0])
 
 
+def _train_eight(rank, ranks, plans):
+    data = data_of(rank, 10)
+    return [train(placed_engine(plan, 2, **PLAIN_DESCENT), data) for plan in plans]
+
+
+def test_on_eight_ranks_two_groups_of_four_have_the_losses_of_contiguous_experts(plan):
+    contiguous = np.arange(EXPERTS) // 2
+    plans = [plan([contiguous] * 2), plan(FOUR_RANKS)]
+    # Every rank has data of its own, and starts with seven others on as many cores as there are.
+    options = {"timeout": 400, "collective_timeout": 200}
+    straight, placed = run_ranks(_train_eight, 8, plans, **options)[0]
+    assert straight[-1] < straight[0] - 0.02
+    assert placed == pytest.approx(straight, abs=1e-4)
+
+
 def _train_save_go_on(rank, ranks, plan, stage, output):
     engine = placed_engine(plan, stage)
     data = data_of(rank % 2, 10)
