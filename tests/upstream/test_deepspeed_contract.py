@@ -1,0 +1,116 @@
+"""What the DeepSpeed integration relies on, held against the installed release."""
+
+import inspect
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from semantic_ep.patches import registry
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+
+pytestmark = pytest.mark.upstream
+
+SIGNATURES = Path(registry.__file__).parent / "signatures"
+
+
+def parameters(target):
+    return set(inspect.signature(target).parameters)
+
+
+def test_every_seam_fits_the_installed_release():
+    for seam in registry.seams("deepspeed"):
+        status = registry.check(seam)
+        assert not status.failed, f"{seam.name}: {status.detail}"
+
+
+def test_the_recorded_signatures_are_those_of_the_installed_release():
+    version = metadata.version("deepspeed")
+    file = SIGNATURES / f"deepspeed-{version}.json"
+    if not file.exists():
+        pytest.skip(f"no signatures were recorded for deepspeed {version}")
+    recorded = json.loads(file.read_text())["parameters"]
+    for seam in registry.seams("deepspeed"):
+        owner, attribute = registry.resolve(seam.target)
+        assert list(registry.parameter_names(getattr(owner, attribute))) == recorded[seam.target]
+
+
+def test_the_engine_has_the_methods_that_ours_extends():
+    from deepspeed.runtime.engine import DeepSpeedEngine as Engine
+
+    assert {"save_dir", "tag", "client_state", "save_latest"} <= parameters(Engine.save_checkpoint)
+    assert {
+        "load_dir",
+        "tag",
+        "load_optimizer_states",
+        "load_module_only",
+    } <= parameters(Engine.load_checkpoint)
+    assert {"checkpoint"} <= parameters(Engine.load_module_state_dict)
+    assert {"full_state_dict"} <= parameters(Engine._get_non_moe_state_dict)
+    for question in (
+        "bfloat16_enabled",
+        "load_universal_checkpoint",
+        "zero_optimization",
+        "zero_optimization_partition_weights",
+        "zero_optimization_stage",
+    ):
+        assert parameters(getattr(Engine, question)) == {"self"}
+
+
+def test_groups_of_experts_are_registered_by_name():
+    from deepspeed.utils import groups
+
+    for registered in (
+        groups._EXPERT_PARALLEL_GROUP,
+        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP,
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
+        assert isinstance(registered, dict)
+
+
+def test_zero_3_finds_experts_by_the_marks_that_ours_carry():
+    from deepspeed.runtime.engine import DeepSpeedEngine as Engine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
+
+    placing = inspect.getsource(Engine._resolve_zero3_param_placement)
+    for mark in ("ds_zero_placement_family", "autoep_expert", "ds_zero_partition_group_name"):
+        assert mark in placing
+        assert mark in inspect.getsource(Zero._autoep_expert_parallel_group)
+    # It takes no other MoE layers, so that the marker of ours is one of AutoEP's.
+    assert "AutoEPMoELayer" in inspect.getsource(Engine._validate_zero3_moe_compatibility)
+
+
+def test_a_universal_checkpoint_is_made_and_loaded_in_the_way_that_ours_joins():
+    from deepspeed.checkpoint import constants, ds_to_universal, universal_checkpoint
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    arguments = inspect.getsource(ds_to_universal.parse_arguments)
+    for name in (
+        "input_folder",
+        "output_folder",
+        "num_extract_workers",
+        "num_merge_workers",
+        "keep_temp_folder",
+        "strict",
+        "inject_missing_state",
+    ):
+        assert name in arguments
+    assert constants.FP32_WEIGHT_KEY == "fp32"
+    load = universal_checkpoint.load_hp_checkpoint_state
+    assert {"self", "folder", "ep_rank", "ep_size"} <= parameters(load)
+    loading = inspect.getsource(ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir)
+    assert "lp.load_hp_checkpoint_state(" in loading
+    # What a loader leaves behind.
+    for attribute in ("lp_fragment_address", "optim_fragment", "get_hp_fragment()"):
+        assert f"hp_mapping.{attribute}" in inspect.getsource(load)
+
+
+def test_native_layers_answer_as_the_exchange_reads_them():
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.sharded_moe import MOELayer, TopKGate
+
+    assert {"input", "used_token"} <= parameters(TopKGate.forward)
+    assert "gate" in parameters(MOELayer.__init__)
+    assert {"num_experts", "ep_size", "use_tutel", "drop_tokens"} <= parameters(MoE.__init__)
