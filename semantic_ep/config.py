@@ -104,7 +104,9 @@ class DispatchConfig(_Section):
     """How activations travel between ranks."""
 
     backend: Literal["auto", "kernels", "torch", "reference", "deepep", "kernels-emulated"] = Field(
-        "auto", description="all-to-all backend; `semantic-ep doctor` says which ones work here"
+        "auto",
+        description="all-to-all backend; `semantic-ep doctor` says which ones work here. In "
+        "Megatron auto leaves the exchange to --moe-token-dispatcher-type",
     )
     overlap: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -88,11 +88,12 @@ def config(**changes):
     return TransformerConfig(**{**settings, **changes})
 
 
-def model(transformer_config, rows=None, *, groups=None, part=None):
+def model(transformer_config, rows=None, *, groups=None, part=None, exchange=None):
     """Build a GPT model; `rows` [L, E] are the experts in the slots of each layer.
 
     `part` numbers the parts of the model that an interleaved pipeline stage runs. `groups` is a
-    `SemanticExpertGroup`; None means Megatron's own groups.
+    `SemanticExpertGroup`; None means Megatron's own groups. `exchange` is an `Exchange`; None means
+    Megatron's own dispatcher.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -124,6 +125,7 @@ def model(transformer_config, rows=None, *, groups=None, part=None):
             spec,
             PlacedLayers(placement=placement, layer_ids=tuple(range(len(rows)))),
             pg_collection=groups and groups.collection,
+            exchange=exchange,
         )
     return GPTModel(
         config=transformer_config,
@@ -200,7 +202,16 @@ class Trainer:
     schedule: object
 
     @classmethod
-    def build(cls, config, rows=None, *, distributed_optimizer=False, groups=None, **optimizer):
+    def build(
+        cls,
+        config,
+        rows=None,
+        *,
+        distributed_optimizer=False,
+        groups=None,
+        exchange=None,
+        **optimizer,
+    ):
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -211,7 +222,7 @@ class Trainer:
         from megatron.core.transformer.module import Float16Module
 
         def wrapped(part):
-            bare = model(config, rows, groups=groups, part=part)
+            bare = model(config, rows, groups=groups, part=part, exchange=exchange)
             return DistributedDataParallel(
                 config,
                 DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),

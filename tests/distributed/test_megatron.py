@@ -1,7 +1,5 @@
 """Megatron-core on gloo ranks: exact observation, and placements that change no number."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -104,15 +102,8 @@ def _errors(rank, world_size):
     placed = tiny.model(tiny.config(), ROWS)
     buffers = {"distrib_optim_sharding_type": "dp_reshardable"}
     expect(CheckpointError, lambda: placed.sharded_state_dict(metadata=buffers))
-    for section in (
-        {"groups": {"ep_size": 4}},
-        {"dispatch": {"backend": "deepep"}},
-    ):
-        settings = SemanticEPConfig.resolve(json_section=section, environment={})
-        expect(
-            ConfigError,
-            functools.partial(SemanticRun.prepare, settings, placed.config, vocab_size=9),
-        )
+    settings = SemanticEPConfig.resolve(json_section={"groups": {"ep_size": 4}}, environment={})
+    expect(ConfigError, lambda: SemanticRun.prepare(settings, placed.config, vocab_size=9))
     fingerprint = ModelFingerprint(
         architecture="gpt", layer_ids=(0, 1), num_experts=tiny.EXPERTS, top_k=tiny.TOP_K
     )
@@ -146,7 +137,6 @@ def test_what_cannot_work_is_refused_with_the_reason():
             "--mtp-num-layers",
             "fully_reshardable",
             "contradicts --expert-model-parallel-size",
-            "--moe-token-dispatcher-type",
             "--cuda-graph-scope full_iteration",
             "--num-layers-per-virtual-pipeline-stage",
             "--semantic-ep-observe-sample-tokens",

@@ -24,6 +24,10 @@ def parameters(target):
     return set(inspect.signature(target).parameters)
 
 
+def parameters_in_order(target):
+    return tuple(inspect.signature(target).parameters)
+
+
 def test_every_seam_fits_the_installed_release():
     for seam in registry.seams("megatron"):
         status = registry.check(seam)
@@ -123,6 +127,23 @@ def test_the_moe_layer_has_the_methods_that_the_placed_one_extends():
     assert {"hidden_states", "padding_mask"} <= parameters(MoELayer.route)
     assert list(parameters(MoELayer.set_layer_number) - {"self"}) == ["layer_number"]
     assert {"prefix", "sharded_offsets", "metadata"} <= parameters(MoELayer.sharded_state_dict)
+
+
+def test_the_dispatcher_has_the_steps_that_ours_takes_the_place_of():
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+    from semantic_ep.integrations.megatron.dispatcher import SemanticTokenDispatcher
+
+    assert {"config", "pg_collection"} <= parameters(MoETokenDispatcher)
+    steps = [
+        name
+        for name, step in vars(MoETokenDispatcher).items()
+        if getattr(step, "__isabstractmethod__", False)
+    ]
+    assert len(steps) == 6
+    for name in steps:
+        ours = parameters_in_order(getattr(SemanticTokenDispatcher, name))
+        assert ours == parameters_in_order(getattr(MoETokenDispatcher, name)), name
 
 
 def test_sharded_entries_carry_the_fields_that_are_relabelled():

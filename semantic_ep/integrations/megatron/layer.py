@@ -2,7 +2,7 @@
 
 Router, losses, expert bias and checkpoints stay in logical order. Between the router and the
 dispatcher the columns of the routing map move to the slots, so that every upstream dispatcher
-(allgather, alltoall, flex) works unchanged on contiguous slots.
+(allgather, alltoall, flex) works unchanged on contiguous slots, and ours in their place.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from semantic_ep.errors import CheckpointError, ConfigError, PlacementError, explain
 from semantic_ep.integrations.megatron.checkpoint import to_logical_order
+from semantic_ep.integrations.megatron.dispatcher import Exchange, SemanticTokenDispatcher
 from semantic_ep.plan.placement import Placement
 
 # Formats of the distributed optimizer that store its buffers as they lie, so that they follow
@@ -87,9 +88,13 @@ class SemanticMoELayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         placed: PlacedLayers,
+        exchange: Exchange | None = None,
         **kwargs: Any,
     ) -> None:
-        """Build the layer; `kwargs` are those that newer releases add to `MoELayer`."""
+        """Build the layer; `kwargs` are those that newer releases add to `MoELayer`.
+
+        Without an `exchange` Megatron's own dispatcher sends the tokens.
+        """
         super().__init__(
             config,
             submodules=submodules,
@@ -100,6 +105,16 @@ class SemanticMoELayer(MoELayer):
         self.placed = placed
         _check_supported(self, placed.placement)
         self.register_buffer("slot_to_logical", None, persistent=False)
+        if exchange is not None:
+            theirs = self.token_dispatcher
+            self.token_dispatcher = SemanticTokenDispatcher(
+                config,
+                ProcessGroupCollection(
+                    ep=theirs.ep_group, expt_tp=theirs.tp_group, tp_ep=theirs.tp_ep_group
+                ),
+                exchange=exchange,
+                slots_per_rank=placed.placement.slots_per_rank,
+            )
         if layer_number is not None:
             self._take_slots(layer_number)
 
@@ -154,6 +169,8 @@ class SemanticMoELayer(MoELayer):
     def _take_slots(self, layer_number: int) -> None:
         slots = torch.as_tensor(self.placed.slots_of(layer_number).copy(), dtype=torch.long)
         self.slot_to_logical = slots.to(next(self.router.parameters()).device)
+        if isinstance(self.token_dispatcher, SemanticTokenDispatcher):
+            self.token_dispatcher.layer = self.placed.layer_ids.index(layer_number - 1)
 
 
 def _check_supported(layer: MoELayer, placement: Placement) -> None:

@@ -16,12 +16,14 @@ from torch import nn
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, explain
+from semantic_ep.integrations.megatron.dispatcher import Exchange
 from semantic_ep.integrations.megatron.groups import SemanticExpertGroup
 from semantic_ep.integrations.megatron.layer import PlacedLayers
 from semantic_ep.integrations.megatron.observation import ModelObservation
 from semantic_ep.integrations.megatron.replanning import ModelPlacement
 from semantic_ep.integrations.megatron.specs import place_experts
 from semantic_ep.integrations.replanning import Replanning, check_settings
+from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 
 ARCHITECTURE = "megatron_gpt"
@@ -38,6 +40,8 @@ class SemanticRun:
         placed: Experts of the slots of every MoE layer, or None without a plan.
         groups: Expert-parallel groups by `semantic_ep.groups.scope`, or None where that is not
             set and Megatron's own are used.
+        exchange: What sends the tokens, or None where Megatron's dispatcher does.
+        contiguous: Experts in their own order, for our exchange without a plan; else None.
     """
 
     config: SemanticEPConfig
@@ -45,6 +49,8 @@ class SemanticRun:
     vocab_size: int
     placed: PlacedLayers | None
     groups: SemanticExpertGroup | None
+    exchange: Exchange | None = None
+    contiguous: PlacedLayers | None = None
 
     @classmethod
     def prepare(
@@ -85,6 +91,16 @@ class SemanticRun:
             plan = Plan.read(config.plan.artifact)
             fingerprint.check(plan.fingerprint, what=f"the plan {config.plan.artifact}")
             placed = PlacedLayers(placement=plan.placement, layer_ids=fingerprint.layer_ids)
+        exchange = contiguous = None
+        if config.enabled and config.dispatch.backend != "auto":
+            exchange = Exchange(config.dispatch.backend, num_layers=len(fingerprint.layer_ids))
+            if placed is None:
+                placement = Placement.contiguous(
+                    num_layers=len(fingerprint.layer_ids),
+                    num_experts=fingerprint.num_experts,
+                    ep_size=model.expert_model_parallel_size,
+                )
+                contiguous = PlacedLayers(placement=placement, layer_ids=fingerprint.layer_ids)
         groups = None
         if config.enabled and "scope" in config.groups.model_fields_set:
             groups = SemanticExpertGroup.create(config.groups.scope, timeout=timeout)
@@ -94,6 +110,8 @@ class SemanticRun:
             vocab_size=vocab_size,
             placed=placed,
             groups=groups,
+            exchange=exchange,
+            contiguous=contiguous,
         )
 
     @property
@@ -109,15 +127,21 @@ class SemanticRun:
             self.groups.seed(seed)
 
     def place(self, spec: Any, *, pg_collection: ProcessGroupCollection | None = None) -> Any:
-        """The layer or block spec with placed experts; the same spec without a plan.
+        """The layer or block spec with placed experts and our exchange; the same without both.
 
         Args:
             spec: See `place_experts`.
             pg_collection: Groups of the model, where they are neither Megatron's nor this run's.
         """
-        if self.placed is None:
+        layers = self.placed or self.contiguous
+        if layers is None:
             return spec
-        return place_experts(spec, self.placed, pg_collection=pg_collection or self.pg_collection)
+        return place_experts(
+            spec,
+            layers,
+            pg_collection=pg_collection or self.pg_collection,
+            exchange=self.exchange,
+        )
 
     def optimizer(self, config: OptimizerConfig, model_chunks: Sequence[nn.Module]) -> Any:
         """Megatron's optimizer over the groups of this run, as `get_megatron_optimizer` makes it.
@@ -202,16 +226,6 @@ def _check_settings(config: SemanticEPConfig, model: TransformerConfig) -> None:
                 where="semantic_ep.groups.ep_size, --semantic-ep-groups-ep-size",
                 got=config.groups.ep_size,
                 allowed=f'{model.expert_model_parallel_size} or "auto"',
-            )
-        )
-    if config.dispatch.backend != "auto":
-        mistakes.append(
-            explain(
-                "in training Megatron's own dispatcher sends the tokens",
-                where="semantic_ep.dispatch.backend, --semantic-ep-dispatch-backend",
-                got=config.dispatch.backend,
-                allowed="auto",
-                do="Choose with --moe-token-dispatcher-type",
             )
         )
     if mistakes:

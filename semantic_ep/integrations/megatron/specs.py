@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from semantic_ep.errors import ConfigError, explain
+from semantic_ep.integrations.megatron.dispatcher import Exchange
 from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
 
 
@@ -24,6 +26,7 @@ def place_experts(
     placed: PlacedLayers,
     *,
     pg_collection: ProcessGroupCollection | None = None,
+    exchange: Exchange | None = None,
 ) -> Any:
     """Return a copy of a spec whose MoE layers follow a placement.
 
@@ -31,15 +34,19 @@ def place_experts(
         spec: Spec of one layer (used for every layer) or of the whole decoder block.
         placed: The placement, found by layer number when the model is built.
         pg_collection: The groups given to the model, where they are not Megatron's global ones.
+        exchange: What sends the tokens; None means Megatron's own dispatcher.
 
     Raises:
         ConfigError: The spec has no MoE layer, or an MoE layer of an unknown kind.
     """
     replaced: list[Any] = []
+    extra: dict[str, Any] = {"placed": placed}
+    if exchange is not None:
+        extra["exchange"] = exchange
 
     def of_layer(layer: ModuleSpec) -> ModuleSpec:
         mlp = getattr(layer.submodules, "mlp", None)
-        placed_mlp = _placed(mlp, placed, pg_collection)
+        placed_mlp = _placed(mlp, extra, pg_collection)
         if placed_mlp is None:
             return layer
         replaced.append(placed_mlp)
@@ -64,7 +71,9 @@ def place_experts(
     return result
 
 
-def _placed(mlp: Any, placed: PlacedLayers, pg_collection: ProcessGroupCollection | None) -> Any:
+def _placed(
+    mlp: Any, extra: Mapping[str, Any], pg_collection: ProcessGroupCollection | None
+) -> Any:
     """The placed form of the description of an MLP; None for a dense one."""
     if isinstance(mlp, functools.partial):
         target, keywords = mlp.func, mlp.keywords
@@ -83,12 +92,11 @@ def _placed(mlp: Any, placed: PlacedLayers, pg_collection: ProcessGroupCollectio
                 do="Pass the spec as Megatron makes it",
             )
         )
-    # 0.16 hands its groups to the exact class MoELayer only, so a subclass needs them here.
-    extra = {"placed": placed}
     if isinstance(mlp, functools.partial):
         return functools.partial(SemanticMoELayer, *mlp.args, **{**keywords, **extra})
+    # 0.16 hands its groups to the exact class MoELayer only, so a subclass needs them here.
     if pg_collection is not None:
-        extra["pg_collection"] = pg_collection
+        extra = {**extra, "pg_collection": pg_collection}
     return ModuleSpec(
         module=SemanticMoELayer,
         params={**keywords, **extra},
