@@ -1,11 +1,9 @@
 """What the Megatron integration and its seams rely on, held against the installed release."""
 
 import inspect
-import json
 import os
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -26,25 +24,6 @@ def parameters(target):
 
 def parameters_in_order(target):
     return tuple(inspect.signature(target).parameters)
-
-
-def test_every_seam_fits_the_installed_release():
-    for seam in registry.seams("megatron"):
-        status = registry.check(seam)
-        assert not status.failed, f"{seam.name}: {status.detail}"
-
-
-def test_the_recorded_signatures_are_those_of_the_installed_release():
-    version = metadata.version("megatron-core")
-    file = PATCHES / "signatures" / f"megatron-core-{version}.json"
-    if not file.exists():
-        pytest.skip(f"no signatures were recorded for megatron-core {version}")
-    recorded = json.loads(file.read_text())["parameters"]
-    for seam in registry.seams("megatron"):
-        owner, attribute = registry.resolve(seam.target)
-        found = registry.parameter_names(getattr(owner, attribute, None))
-        expected = recorded[seam.target]
-        assert found == (tuple(expected) if isinstance(expected, list) else None), seam.name
 
 
 @pytest.fixture
