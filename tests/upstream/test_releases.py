@@ -52,11 +52,14 @@ def _others_of_deepspeed() -> list[Any]:
     return [pytest.param("", marks=pytest.mark.skip(reason=reason))]
 
 
-def _keeps_the_contracts(package: str, version: str, contracts: str) -> None:
+def _keeps_the_contracts(package: str, version: str, framework: str) -> None:
     python = python_with(package, version)
-    file = Path(__file__).with_name(contracts)
+    here = Path(__file__).parent
+    files = here / f"test_{framework}_contract.py", here / "test_seams.py"
+    (other,) = {"megatron", "deepspeed"} - {framework}
+    chosen = f"{TESTS} and not {other}"
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TESTS, file],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -70,11 +73,11 @@ def _keeps_the_contracts(package: str, version: str, contracts: str) -> None:
 @pytest.mark.parametrize("version", _newest_of_each_minor("megatron-core"))
 def test_a_release_of_megatron_keeps_the_contracts_of_the_installed_one(version):
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    _keeps_the_contracts("megatron-core", version, "test_megatron_contract.py")
+    _keeps_the_contracts("megatron-core", version, "megatron")
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("version", _others_of_deepspeed())
 def test_a_release_of_deepspeed_keeps_the_contracts_of_the_installed_one(version):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    _keeps_the_contracts("deepspeed", version, "test_deepspeed_contract.py")
+    _keeps_the_contracts("deepspeed", version, "deepspeed")
