@@ -42,7 +42,8 @@ def make_scheduler(
         schedule: Of the plan in use; the semantic policies look prompts up in it. None: no plan.
         top_k: Experts a token activates (K), for the schedule.
         cost: Predicted times; "semantic" needs them.
-        prefix_block_size: Tokens of a block of the engine's prefix cache.
+        prefix_block_size: Tokens that the index of prefixes tells beginnings apart by: a few blocks
+            of the engine's cache, because a decision takes longer with every one.
         prefix_tokens_per_rank: Tokens that a rank's prefix cache holds; 0: there is none.
         **options: Of `Scheduler`: "max_sequences", "max_wait_seconds".
 

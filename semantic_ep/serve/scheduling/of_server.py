@@ -5,7 +5,6 @@ from __future__ import annotations
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.plan.plan import Plan
-from semantic_ep.serve.blocks import BLOCK_SIZE
 from semantic_ep.serve.engine import SemanticInferenceEngine
 from semantic_ep.serve.scheduling.make import make_scheduler
 from semantic_ep.serve.scheduling.measured import measured_accelerator, serving_cost
@@ -53,7 +52,6 @@ def server_scheduler(
         schedule=None if plan is None else plan.schedule,
         top_k=engine.model.fingerprint.top_k,
         cost=cost,
-        prefix_block_size=BLOCK_SIZE,
         prefix_tokens_per_rank=settings.serve.kv_cache_tokens if settings.serve.prefix_cache else 0,
         max_sequences=max_sequences,
     )
