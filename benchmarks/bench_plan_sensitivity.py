@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens", type=int, default=256, help="of a document of --run (default: %(default)s)"
     )
+    parser.add_argument(
+        "--new-tokens", type=int, default=0, metavar="N",
+        help="of --run: let the model go on from each document by so many tokens, and take both "
+        "parts for requests, which --labels phase tells apart",
+    )  # fmt: skip
     parser.add_argument("--num-experts", type=int, metavar="E", help="experts a layer")
     parser.add_argument(
         "--ep", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="G",
@@ -135,13 +140,27 @@ def _traces(
     for path in args.trace:
         yield path.stem, read_npz_trace(path, num_experts=args.num_experts), None
     if args.run is not None:
-        from benchmarks.recorded import Recording, held_out_documents, training_documents
+        from benchmarks.recorded import (
+            Recording,
+            by_phase,
+            held_out_documents,
+            training_documents,
+        )
 
         routes, data = Recording(args.run / "model"), args.run / "data"
         training = training_documents(data, limit=args.documents)
         others = held_out_documents(data, routes, limit=args.documents)
-        trace, _ = routes.of_documents([*training, *others], args.max_tokens)
-        yield args.run.resolve().name, trace, np.arange(trace.num_requests) >= len(training)
+        documents, longest = [*training, *others], args.max_tokens
+        held_out = np.arange(len(documents)) >= len(training)
+        if args.new_tokens:
+            documents = routes.continued(
+                documents, max_tokens=longest, new_tokens=args.new_tokens, seed=0
+            )
+            longest += args.new_tokens
+        trace, _ = routes.of_documents(documents, longest)
+        if args.new_tokens:
+            trace, held_out = by_phase(trace, args.new_tokens), np.repeat(held_out, 2)
+        yield args.run.resolve().name, trace, held_out
 
 
 class _Runner:
@@ -361,6 +380,10 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
         if args.run is None
         else f"the model of {args.run} on {args.documents} training documents, cut to "
         f"{args.max_tokens} tokens, which are profiled, and those held out, which are counted",
+        "new_tokens": args.new_tokens,
+        "phases": None
+        if not args.new_tokens
+        else "prefill: documents as cut; decode: what the model draws after them, at temperature 1",
         "studies": args.studies,
         "at_ep": args.at_ep,
         "layers": f"{args.layers} MoE layers, evenly spread, without the first and the last",

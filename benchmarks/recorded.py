@@ -16,6 +16,9 @@ import numpy as np
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.observe.traces import RoutingTrace
 
+# Documents that the model continues together.
+_BATCH = 32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
@@ -94,6 +97,47 @@ class Recording:
         )
         return trace, ahead_NLE
 
+    def continued(
+        self, documents: Sequence[Document], *, max_tokens: int, new_tokens: int, seed: int
+    ) -> list[Document]:
+        """Documents as the model goes on from their beginnings.
+
+        Args:
+            documents: With a token each.
+            max_tokens: Of a beginning; longer ones are cut.
+            new_tokens: Drawn from what the model predicts, at temperature 1, for each.
+            seed: Of the draws.
+        """
+        import torch
+
+        torch.manual_seed(seed)
+        found = []
+        for start in range(0, len(documents), _BATCH):
+            batch = documents[start : start + _BATCH]
+            beginnings = [document.ids[:max_tokens] for document in batch]
+            longest = max(map(len, beginnings))
+            # What comes before a beginning is masked, so that all of them end together.
+            ids = [[0] * (longest - len(one)) + one for one in beginnings]
+            mask = [[0] * (longest - len(one)) + [1] * len(one) for one in beginnings]
+            with torch.inference_mode():
+                whole = self._model.generate(
+                    torch.tensor(ids),
+                    attention_mask=torch.tensor(mask),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    min_new_tokens=new_tokens,
+                    max_new_tokens=new_tokens,
+                    pad_token_id=0,
+                )
+            self._streams.clear()
+            self._chosen.clear()
+            found += [
+                Document(ids=one + new.tolist(), kind=document.kind)
+                for document, one, new in zip(batch, beginnings, whole[:, longest:], strict=True)
+            ]
+        return found
+
     def _run(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
@@ -106,6 +150,19 @@ class Recording:
             streams = enumerate(list(self._streams))
             ahead = torch.stack([self._look_ahead.expert_scores(layer, x) for layer, x in streams])
         return chosen, ahead.numpy()
+
+
+def by_phase(trace: RoutingTrace, new_tokens: int) -> RoutingTrace:
+    """Each request as two, labelled by "phase": "prefill", and "decode" of its last tokens."""
+    ends = trace.offsets[1:]
+    labels = [
+        {**request, "phase": phase} for request in trace.requests for phase in ("prefill", "decode")
+    ]
+    return dataclasses.replace(
+        trace,
+        offsets=np.append(0, np.stack([ends - new_tokens, ends], axis=1)),
+        requests=tuple(labels),
+    )
 
 
 def training_documents(data: Path, *, limit: int) -> list[Document]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from benchmarks.recorded import by_phase
 from benchmarks.run import main
 from benchmarks.sensitivity import domains_of, up_to, without_rare
 from semantic_ep.observe.formats import read_npz_trace, write_npz_trace
@@ -100,6 +102,32 @@ def test_documents_of_a_quickstart_are_profiled_and_those_held_out_are_counted(
     assert domains == {
         (a, b) for a in ("python", "english", "all domains") for b in ("python", "english")
     }
+
+
+def test_phases_are_domains_of_a_model_that_goes_on_from_its_documents(quickstart, tmp_path):
+    output = tmp_path / "out.json"
+    command = ["plan_sensitivity", "--run", str(quickstart), "--at-ep", "2", "--layers", "1"]
+    command += ["--studies", "domains", "--labels", "phase", "--max-tokens", "12"]
+    command += ["--new-tokens", "8", "--redundant-slots", "2", "--json", str(output)]
+    assert main(command) == 0
+    rows = [r for r in json.loads(output.read_text())["rows"] if r["layer"] == "mean"]
+    assert {(r["setting"], r["counted_on"]) for r in rows} == {
+        (a, b) for a in ("decode", "prefill", "all domains") for b in ("decode", "prefill")
+    }
+    # Twelve training documents of 8 new tokens each: every plan sees as much as there is of these.
+    assert {row["profiled_tokens"] for row in rows if row["setting"] == "decode"} == {12 * 8}
+
+
+def test_a_request_is_its_beginning_and_what_followed():
+    trace = planted_trace(requests=3, seed=1)
+    trace = dataclasses.replace(trace, requests=({"kind": "a"}, {"kind": "b"}, {"kind": "c"}))
+    phases = by_phase(trace, 5)
+    lengths = np.diff(trace.offsets)
+    assert np.diff(phases.offsets).tolist() == [n for one in lengths for n in (one - 5, 5)]
+    assert phases.requests[:2] == (
+        {"kind": "a", "phase": "prefill"},
+        {"kind": "a", "phase": "decode"},
+    )
 
 
 def test_something_to_plan_on_is_asked_for(capsys):
