@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.registry import Chart, Result, Row, Table
+from benchmarks.registry import Chart, Result, Row, Table, mean_of
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from semantic_ep.plan.bounds import KnownRoutes, oracle_home_ranks
@@ -96,7 +95,7 @@ def _summary(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             "trace": key[0],
             "ep_size": key[1],
             "level": key[2],
-            **{name: statistics.fmean(row[name] for row in same) for name in _FIGURES},
+            **{name: mean_of(same, name) for name in _FIGURES},
         }
 
 

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 STUDIES = ("profile size", "minimum count", "EP degree", "ablations", "search", "domains")
 # Share of all requests that the studies plan on unless they vary it.
 STANDARD = 0.2
+_USUAL = SemanticPolicy()
 # Of the study of the solver: effort in multiples of the usual, and expert load that is allowed.
 SEARCH_FACTORS = (0.1, 0.25, 1.0, 4.0)
 MAX_LOADS = (1.05, 1.1, 1.15, 1.2, 1.3)
@@ -222,6 +223,19 @@ class _Runner:
             self._standard = self.study.plan(self._profiled(STANDARD), ep_size=self.args.at_ep)
         return self._standard
 
+    def _plan(
+        self,
+        *,
+        fraction: float = STANDARD,
+        ep_size: int | None = None,
+        policy: SemanticPolicy = _USUAL,
+    ) -> Planned:
+        """The standard plan with something else, or itself."""
+        ep_size = ep_size or self.args.at_ep
+        if (fraction, ep_size, policy) == (STANDARD, self.args.at_ep, _USUAL):
+            return self.standard()
+        return self.study.plan(self._profiled(fraction), ep_size=ep_size, policy=policy)
+
     def _contiguous(self, ep_size: int) -> Placement:
         return Placement.contiguous(
             num_layers=len(self.study.layers),
@@ -249,12 +263,7 @@ class _Runner:
 
     def _profile_size(self) -> Iterator[dict[str, Any]]:
         for fraction in self.args.fractions:
-            plain = fraction == STANDARD
-            planned = (
-                self.standard()
-                if plain
-                else self.study.plan(self._profiled(fraction), ep_size=self.args.at_ep)
-            )
+            planned = self._plan(fraction=fraction)
             yield from self._rows_of(f"{fraction:.0%} of requests", fraction, planned)
 
     def _minimum_count(self) -> Iterator[dict[str, Any]]:
@@ -269,12 +278,7 @@ class _Runner:
         for ep_size in self.args.ep:
             if self.trace.fingerprint.num_experts % ep_size:
                 continue
-            planned = (
-                self.standard()
-                if ep_size == self.args.at_ep
-                else self.study.plan(self._profiled(STANDARD), ep_size=ep_size)
-            )
-            yield from self._rows_of(f"EP{ep_size}", ep_size, planned)
+            yield from self._rows_of(f"EP{ep_size}", ep_size, self._plan(ep_size=ep_size))
 
     def _ablations(self) -> Iterator[dict[str, Any]]:
         planned, ep_size = self.standard(), self.args.at_ep
@@ -305,23 +309,14 @@ class _Runner:
                 }
 
     def _search(self) -> Iterator[dict[str, Any]]:
-        usual = SemanticPolicy()
         for factor in SEARCH_FACTORS:
-            steps, starts = (max(round(factor * of), 1) for of in (usual.steps, usual.starts))
-            policy = dataclasses.replace(usual, steps=steps, starts=starts)
-            yield from self._with(policy, f"{factor:g}x steps and starts", factor)
+            steps, starts = (max(round(factor * of), 1) for of in (_USUAL.steps, _USUAL.starts))
+            policy = dataclasses.replace(_USUAL, steps=steps, starts=starts)
+            setting = f"{factor:g}x steps and starts"
+            yield from self._rows_of(setting, factor, self._plan(policy=policy))
         for load in MAX_LOADS:
-            policy = dataclasses.replace(usual, max_load=load)
-            yield from self._with(policy, f"load up to {load:g}", load)
-
-    def _with(self, policy: SemanticPolicy, setting: str, value: float) -> Iterator[dict[str, Any]]:
-        """Rows of a solver that differs from the usual one, or is it."""
-        if policy == SemanticPolicy():
-            yield from self._rows_of(setting, value, self.standard())
-            return
-        profiled = self._profiled(STANDARD)
-        planned = self.study.plan(profiled, ep_size=self.args.at_ep, policy=policy)
-        yield from self._rows_of(setting, value, planned)
+            policy = dataclasses.replace(_USUAL, max_load=load)
+            yield from self._rows_of(f"load up to {load:g}", load, self._plan(policy=policy))
 
     def _domains(self) -> Iterator[dict[str, Any]]:
         if self.args.labels is None or not self.trace.requests:

@@ -7,10 +7,10 @@ a test fails where the page and the results differ.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
-from typing import Any
+
+from benchmarks.registry import Row, markdown_lines, mean_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Share of requests profiled, of the rows shown.
@@ -33,8 +33,6 @@ PUBLISHED = {
 }
 SCHEDULE = "+schedule"
 
-Row = Mapping[str, Any]
-
 
 def method_rows(folder: Path = RESULTS) -> list[Row]:
     """Rows of all committed results that compare methods on traces, at the share shown."""
@@ -49,95 +47,93 @@ def method_rows(folder: Path = RESULTS) -> list[Row]:
 def with_tables(readme: str, folder: Path = RESULTS) -> str:
     """The README with its tables as the results in a folder say; empty where there are none."""
     tables = {
-        "methods": list(methods_table(method_rows(folder))),
-        "slow links": list(
-            links_table(
-                {
-                    name: json.loads((folder / file).read_text())["rows"]
-                    for file, name in LINKS.items()
-                    if (folder / file).is_file()
-                }
-            )
+        "methods": methods_table(method_rows(folder)),
+        "slow links": links_table(
+            {
+                name: json.loads((folder / file).read_text())["rows"]
+                for file, name in LINKS.items()
+                if (folder / file).is_file()
+            }
         ),
     }
     for name, lines in tables.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        before, found, rest = readme.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise ValueError(f"README.md has no {begin.strip()} ... {end.strip()}")
-        readme = before + begin + "".join(f"{line}\n" for line in lines) + end + after
+        readme = with_part(readme, name, "".join(f"{line}\n" for line in lines))
     return readme
 
 
-def methods_table(rows: Iterable[Row]) -> Iterator[str]:
-    """Remote copies, LAR and load of the methods that answer who should use this."""
+def marks(name: str) -> tuple[str, str]:
+    """The comments that a part of the README stands between."""
+    return f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+
+
+def with_part(readme: str, name: str, content: str) -> str:
+    """The README with other content between the marks of one part.
+
+    Raises:
+        ValueError: It has no such part.
+    """
+    begin, end = marks(name)
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"README.md has no {begin.strip()} ... {end.strip()}")
+    return before + begin + content + end + after
+
+
+def methods_table(rows: Iterable[Row]) -> list[str]:
+    """Remote copies, LAR and load of the methods that answer who should use this, in Markdown."""
     found: dict[tuple[str, int], dict[str, list[Row]]] = {}
     for row in rows:
         if row["layer"] == "mean":
             of = found.setdefault((row["trace"], row["ep_size"]), {})
             of.setdefault(row["method"], []).append(row)
-    if not found:
-        return
-    yield from _head(
-        "model, ranks", "contiguous", "EPLB", "fewest of the published", "fewest with our schedule",
-        "semantic placement", "semantic, with schedule",
-    )  # fmt: skip
+    lines = []
     for (trace, ep_size), of in sorted(found.items()):
         scheduled = {f"{name}{SCHEDULE}": called for name, called in PUBLISHED.items()}
-        plain = _figure(of["contiguous"], "remote_copies")
-        cells = [
-            f"{MODELS.get(trace, trace)}, {ep_size}",
-            _cell(of["contiguous"]),
-            _cell(of.get("eplb"), plain),
-            _fewest(of, PUBLISHED, plain),
-            _fewest(of, scheduled, plain),
-            _cell(of.get("semantic-placement-only"), plain),
-            f"**{_cell(of.get('semantic'), plain)}**",
-        ]
-        yield f"| {' | '.join(cells)} |"
+        plain = mean_of(of["contiguous"], "remote_copies")
+        lines.append(
+            {
+                "model, ranks": f"{MODELS.get(trace, trace)}, {ep_size}",
+                "contiguous": _cell(of["contiguous"]),
+                "EPLB": _cell(of.get("eplb"), plain),
+                "fewest of the published": _fewest(of, PUBLISHED, plain),
+                "fewest with our schedule": _fewest(of, scheduled, plain),
+                "semantic placement": _cell(of.get("semantic-placement-only"), plain),
+                "semantic, with schedule": f"**{_cell(of.get('semantic'), plain)}**",
+            }
+        )
+    return markdown_lines(lines)
 
 
-def links_table(results: Mapping[str, Sequence[Row]]) -> Iterator[str]:
-    """What the semantic plan leaves of contiguous on links of each rate."""
-    if not results:
-        return
-    yield from _head(
-        "model", "hosts", "link", "bytes", "time of a MoE layer", "throughput",
-        "compute in a layer, contiguous",
-    )  # fmt: skip
+def links_table(results: Mapping[str, Sequence[Row]]) -> list[str]:
+    """What the semantic plan leaves of contiguous on links of each rate, in Markdown."""
+    lines = []
     for name, rows in results.items():
         cells = {(row["hosts"], row["link"], row["mode"]): row for row in rows if "mode" in row}
         for (hosts, link, mode), row in cells.items():
             if mode == "contiguous":
                 continue
-            values = (
-                name,
-                hosts,
-                link,
-                f"{row['bytes_of_baseline']:.2f}",
-                f"{row['layer_of_baseline']:.2f}",
-                f"{row['throughput_of_baseline']:.2f}",
-                f"{cells[hosts, link, 'contiguous']['compute_share']:.0%}",
+            plain = cells[hosts, link, "contiguous"]
+            lines.append(
+                {
+                    "model": name,
+                    "hosts": hosts,
+                    "link": link,
+                    "bytes": f"{row['bytes_of_baseline']:.2f}",
+                    "time of a MoE layer": f"{row['layer_of_baseline']:.2f}",
+                    "throughput": f"{row['throughput_of_baseline']:.2f}",
+                    "compute in a layer, contiguous": f"{plain['compute_share']:.0%}",
+                }
             )
-            yield f"| {' | '.join(map(str, values))} |"
-
-
-def _head(*columns: str) -> Iterator[str]:
-    yield f"| {' | '.join(columns)} |"
-    yield f"|{'---|' * len(columns)}"
-
-
-def _figure(rows: Sequence[Row], name: str) -> float:
-    return mean(row[name] for row in rows)
+    return markdown_lines(lines)
 
 
 def _cell(rows: Sequence[Row] | None, plain: float | None = None) -> str:
     """Copies (LAR; load), and the change against contiguous."""
     if not rows:
         return "–"
-    copies = _figure(rows, "remote_copies")
-    said = f"{copies:.2f} ({_figure(rows, 'lar'):.3f}; {_figure(rows, 'load_max_over_mean'):.2f})"
+    copies = mean_of(rows, "remote_copies")
+    said = f"{copies:.2f} ({mean_of(rows, 'lar'):.3f}; {mean_of(rows, 'load_max_over_mean'):.2f})"
     if plain is None:
         return said
     return f"{said}, {100 * (copies / plain - 1):+.0f} %".replace("-", "−")
@@ -147,5 +143,5 @@ def _fewest(of: Mapping[str, Sequence[Row]], names: Mapping[str, str], plain: fl
     known = [name for name in names if name in of]
     if not known:
         return "–"
-    best = min(known, key=lambda name: _figure(of[name], "remote_copies"))
+    best = min(known, key=lambda name: mean_of(of[name], "remote_copies"))
     return f"{names[best]} {_cell(of[best], plain)}"

@@ -16,13 +16,13 @@ from statistics import mean
 from typing import Any
 from xml.sax.saxutils import escape
 
-from benchmarks.front_page import MODELS, method_rows, with_tables
+from benchmarks.front_page import MODELS, marks, method_rows, with_part, with_tables
 from semantic_ep.report.plots import DARK, LIGHT, Theme
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "pictures"
 # Between these lines the README shows the gain.
-GAIN_BEGIN, GAIN_END = "<!-- gain -->\n", "<!-- /gain -->\n"
+GAIN_BEGIN, GAIN_END = marks("gain")
 EP_SIZE = 8
 # Method of the theme `plan` -> how the picture names it; all baselines, ours last.
 METHODS = {
@@ -75,8 +75,6 @@ def pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def with_gain(readme: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The README with the picture of the gain, or without one where there is nothing to draw."""
-    before, _, rest = readme.partition(GAIN_BEGIN)
-    _, _, after = rest.partition(GAIN_END)
     shown = ""
     if rows:
         shown = (
@@ -85,7 +83,7 @@ def with_gain(readme: str, rows: Sequence[Mapping[str, Any]]) -> str:
             'alt="Remote copies of a token on 8 ranks, by placement method, on held-out routing of '
             'public models; fewer are better.">\n</picture>\n'
         )
-    return before + GAIN_BEGIN + shown + GAIN_END + after
+    return with_part(readme, "gain", shown)
 
 
 def remote_copies(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -145,15 +146,25 @@ def environment() -> dict[str, Any]:
 
 def markdown(table: Table) -> str:
     """One table in Markdown."""
-    if not table.rows:
-        return f"**{table.title}**\n\nno rows\n"
-    columns = list(table.rows[0])
-    lines = [
-        f"| {' | '.join(columns)} |",
-        f"|{'|'.join('---' for _ in columns)}|",
-        *(f"| {' | '.join(cell(row.get(name)) for name in columns)} |" for row in table.rows),
-    ]
+    lines = markdown_lines(table.rows) or ["no rows"]
     return f"**{table.title}**\n\n" + "\n".join(lines) + "\n"
+
+
+def markdown_lines(rows: Sequence[Row]) -> list[str]:
+    """Rows as lines of a Markdown table, with the columns of the first; none of no rows."""
+    if not rows:
+        return []
+    columns = list(rows[0])
+    return [
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+        *(f"| {' | '.join(cell(row.get(name)) for name in columns)} |" for row in rows),
+    ]
+
+
+def mean_of(rows: Sequence[Row], figure: str) -> float:
+    """Mean of one figure of all rows."""
+    return statistics.fmean(row[figure] for row in rows)
 
 
 def cell(value: Any) -> str:

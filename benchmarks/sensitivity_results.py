@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 
-from benchmarks.registry import Chart, Row, Table
-
-
-def _mean(rows: Sequence[Row], figure: str) -> float:
-    return statistics.fmean(row[figure] for row in rows)
+from benchmarks.registry import Chart, Row, Table, mean_of
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
@@ -28,13 +23,13 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
             table.append(
                 {
                     study: setting,
-                    "profiled tokens": round(_mean(same, "profiled_tokens")),
-                    "lar": f"{_mean(same, 'lar'):.3f}",
+                    "profiled tokens": round(mean_of(same, "profiled_tokens")),
+                    "lar": f"{mean_of(same, 'lar'):.3f}",
                     "floor": f"{1 / same[0]['ep_size']:.3f}",
-                    "remote copies": f"{_mean(same, 'remote_copies'):.3f}",
-                    "contiguous": f"{_mean(same, 'contiguous_remote_copies'):.3f}",
-                    "saved": f"{_mean(same, 'saved'):.1%}",
-                    "load max/mean": f"{_mean(same, 'load_max_over_mean'):.2f}",
+                    "remote copies": f"{mean_of(same, 'remote_copies'):.3f}",
+                    "contiguous": f"{mean_of(same, 'contiguous_remote_copies'):.3f}",
+                    "saved": f"{mean_of(same, 'saved'):.1%}",
+                    "load max/mean": f"{mean_of(same, 'load_max_over_mean'):.2f}",
                 }
             )
         yield Table(title=title, rows=table)
@@ -50,7 +45,7 @@ def _matrix(rows: Sequence[Row], figure: str) -> list[Row]:
                 target: f"{value:.1%}" if figure == "saved" else f"{value:.3f}"
                 for target in targets
                 for value in [
-                    _mean(
+                    mean_of(
                         [r for r in rows if (r["setting"], r["counted_on"]) == (source, target)],
                         figure,
                     )

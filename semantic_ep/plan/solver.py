@@ -183,13 +183,12 @@ class SemanticPolicy:
             local = inner._place_flat(part, [start], cap, per_node, rng, deadline, own_groups)
             rank_E[experts] = node * per_node + local
         # Nodes chosen first may leave their ranks little; a known placement can be better on both.
-        assert topology is not None
         on_ranks = self._search(sample, cap, ep_size, groups=1)
         across_nodes = self._search(sample, cap, nodes, groups=1)
 
         def value(rank_E: np.ndarray) -> float:
-            values = across_nodes.start(rank_E // per_node), on_ranks.start(rank_E)
-            return float(np.dot(_tier_weights(topology), values))
+            across = across_nodes.start(rank_E // per_node)
+            return _by_time_of_links(topology, across, on_ranks.start(rank_E))
 
         return max([rank_E, *known], key=value)
 
@@ -298,17 +297,12 @@ class SemanticPolicy:
             own_groups = max(groups // nodes, 1)
             inner = self._cluster_requests(part, [], cap, per_node, rng, deadline, own_groups)
             np.put_along_axis(rank_LE, columns, node * per_node + inner, axis=1)
-        assert topology is not None
 
         def value(rank_LE: np.ndarray) -> float:
-            values = (
-                rows.value(rank_LE // per_node, nodes, load_cap=cap),
-                rows.value(rank_LE, ep_size, load_cap=cap),
-            )
-            return float(np.dot(_tier_weights(topology), values))
+            across = rows.value(rank_LE // per_node, nodes, load_cap=cap)
+            return _by_time_of_links(topology, across, rows.value(rank_LE, ep_size, load_cap=cap))
 
-        contiguous = np.tile(np.arange(experts) * ep_size // experts, (layers, 1))
-        return max([rank_LE, contiguous, *known], key=value)
+        return max([rank_LE, _in_order(layers, experts, ep_size), *known], key=value)
 
     def _cluster_requests(
         self,
@@ -328,7 +322,7 @@ class SemanticPolicy:
             merged = rows.merged(groups)
             moved = self._cluster_requests(merged, first, cap, ep_size, rng, deadline, 1)
             return np.repeat(moved, size, axis=1)
-        contiguous = np.tile(np.arange(experts) * ep_size // experts, (layers, 1))
+        contiguous = _in_order(layers, experts, ep_size)
         best, best_value = contiguous, -np.inf
         if experts == ep_size or len(rows.weight) < ep_size:
             return best
@@ -364,10 +358,17 @@ class SemanticPolicy:
         return max([best, *known], key=value_of) if known else best
 
 
-def _tier_weights(topology: Topology) -> np.ndarray:
-    """[2] what a copy to another node, and one to another rank, weigh: the time of their links."""
-    seconds = [1 / link.gigabytes_per_second for link in (topology.inter_node, topology.intra_node)]
-    return np.asarray(seconds) / sum(seconds)
+def _in_order(layers: int, experts: int, ep_size: int) -> np.ndarray:
+    """[L, E] ranks of contiguous placement."""
+    return np.tile(np.arange(experts) * ep_size // experts, (layers, 1))
+
+
+def _by_time_of_links(topology: Topology | None, on_nodes: float, on_ranks: float) -> float:
+    """One value of a placement on nodes and on ranks: each weighs as the time of its link."""
+    assert topology is not None
+    links = topology.inter_node, topology.intra_node
+    seconds = np.array([1 / link.gigabytes_per_second for link in links])
+    return float(seconds @ (on_nodes, on_ranks) / seconds.sum())
 
 
 def _equal_nodes(topology: Topology | None, ep_size: int, router_groups: int) -> int | None:

@@ -168,7 +168,11 @@ def _train_save_go_on(rank, ranks, plan, stage, output):
 
 def _resume(rank, ranks, plan, stage, checkpoint):
     torch.manual_seed(1)
-    engine = placed_engine(plan, stage)
+    return resumed_losses(placed_engine(plan, stage), rank, checkpoint)
+
+
+def resumed_losses(engine, rank, checkpoint):
+    """Losses of an engine after a checkpoint of five steps, which all its weights come from."""
     for parameter in engine.module.parameters():  # Nothing may be left of these.
         parameter.data.add_(1)
     path, client_state = engine.load_checkpoint(str(checkpoint))

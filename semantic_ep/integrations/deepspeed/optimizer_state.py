@@ -234,7 +234,7 @@ class ZeroState:
             name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
             # DeepSpeed puts the precision before the name.
             file = next(checkpoint.glob(f"*{name}"), checkpoint / name)
-            self._shards[rank] = _load(file)["optimizer_state_dict"]
+            self._shards[rank] = load_stored(file)["optimizer_state_dict"]
 
     def trains(self, name: str) -> bool:
         """Whether there is state of a parameter."""
@@ -300,7 +300,7 @@ class _PlainState:
         parameters: Sequence[Sequence[str]],
     ) -> None:
         self._stored = [
-            _load(
+            load_stored(
                 Path(engine._get_optimizer_ckpt_name(str(checkpoint.parent), checkpoint.name, rank))
             )["optimizer"]
             for rank in range(layout.placement.ep_size)
@@ -380,12 +380,17 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "name", "moe")}
 
 
-def _load(file: Path) -> Any:
+def load_stored(file: Path, what: str = "optimizer state") -> Any:
+    """What DeepSpeed stored, on the host; a pickle, and read as one.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(
-            explain(f"cannot read the optimizer state: {error}", where=str(file))
+            explain(f"cannot read the {what}: {error}", where=str(file))
         ) from error
 
 

@@ -30,6 +30,7 @@ from semantic_ep.errors import CheckpointError, explain
 from semantic_ep.integrations.deepspeed.optimizer_state import (
     MASTER,
     ZeroState,
+    load_stored,
     states_of_slots,
 )
 from semantic_ep.integrations.deepspeed.placing import PlacedExperts, rows_of_slots
@@ -178,12 +179,7 @@ def _convert_shared(
         for file in checkpoint.iterdir():
             if file.is_file() and file.name != _MODEL_FILE:
                 Path(view, file.name).symlink_to(file.resolve())
-        try:
-            model = torch.load(checkpoint / _MODEL_FILE, map_location="cpu", weights_only=False)
-        except (OSError, RuntimeError, EOFError) as error:
-            raise CheckpointError(
-                explain(f"cannot read the model: {error}", where=str(checkpoint / _MODEL_FILE))
-            ) from error
+        model = load_stored(checkpoint / _MODEL_FILE, "model")
         shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
         # It merges what is named here, as parameters that every rank has a part of.
         model["param_shapes"] = [
