@@ -27,13 +27,14 @@ from benchmarks.serve_workload import (
     read_texts,
 )
 from semantic_ep.plan.schedule import Schedule
-from semantic_ep.serve.protocol import EngineRequest, RankLoad, SamplingParams
+from semantic_ep.serve.protocol import EngineRequest, SamplingParams
 from semantic_ep.serve.scheduling.affinity import SAMPLED_TOKENS
 from semantic_ep.serve.scheduling.cost import Accelerator, ModelSize, ServingCost
 from semantic_ep.serve.scheduling.make import make_scheduler
 from semantic_ep.serve.simulation.metrics import Objective, summary
 from semantic_ep.serve.simulation.routing import RequestRouting
 from semantic_ep.serve.simulation.simulator import RankLimits, Replay, replay
+from semantic_ep.serve.stats import RankLoad
 from semantic_ep.topology import LINKS, Topology
 
 # DeepSeek-V2-Lite, from its published configuration: multi-head latent attention, two shared

@@ -103,7 +103,10 @@ class TokenSlices:
     Attributes:
         placement: As given, or what took its place.
         stats: Bytes of the shuffles.
+        current: Slices of the layer that runs.
     """
+
+    current: Slices
 
     def __init__(
         self,
@@ -125,6 +128,11 @@ class TokenSlices:
         self._known: Mapping[int, Slices] = {}
         for layer, site in enumerate(find_moe_layers(model)):
             _SlicedLayer(self, layer, decoder_layer_of(model, site))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the current step (N), those of other ranks' slices included."""
+        return len(self._id_N)
 
     def start_step(self, id_N: Tensor) -> None:
         """Take the token ids of a step, in the order in which they lie in its row."""
@@ -184,7 +192,6 @@ class _SlicedLayer:
         self._steps = steps
         self._layer = layer
         self._stream_1ND: Tensor | None = None
-        self._slices: Slices | None = None
         # A bias would be summed once for every rank.
         self._bias = module.self_attn.o_proj.bias
         module.self_attn.o_proj.bias = None
@@ -204,14 +211,14 @@ class _SlicedLayer:
                 )
             )
         self._stream_1ND = stream_1ND
-        self._slices = self._steps.at(self._layer, stream_1ND[0])
-        return (stream_1ND[:, self._slices.own_T], *args[1:])
+        self._steps.current = self._steps.at(self._layer, stream_1ND[0])
+        return (stream_1ND[:, self._steps.current.own_T], *args[1:])
 
     def _whole(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._stream_1ND, *args[1:])
 
     def _reduce(self, module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
-        steps, slices = self._steps, self._slices
+        steps, slices = self._steps, self._steps.current
         with steps.timer.phase("shuffle"):
             mine_MD = steps.shuffle.reduce_scatter(output[0][0], slices.permutation)
         steps.stats.bytes_reduce_scatter[self._layer] += self._wire_bytes(mine_MD)
@@ -221,7 +228,7 @@ class _SlicedLayer:
         return (mine_TD[None], *output[1:])
 
     def _gather(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        steps, permutation = self._steps, self._slices.permutation
+        steps, permutation = self._steps, self._steps.current.permutation
         per_slice, num_rows = len(permutation) // steps.group.size(), self._stream_1ND.shape[1]
         self._stream_1ND = None
         padded_MD = nn.functional.pad(output[0], (0, 0, 0, per_slice - output.shape[1]))

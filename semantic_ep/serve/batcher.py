@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import deque
 
 from semantic_ep.serve.blocks import BlockPool
-from semantic_ep.serve.protocol import RankLoad
 from semantic_ep.serve.sequences import Sequence
+from semantic_ep.serve.stats import RankLoad
 
 
 class Batcher:

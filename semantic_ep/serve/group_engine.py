@@ -19,9 +19,6 @@ from semantic_ep.plan.plan import Plan
 from semantic_ep.serve.lockstep import Action, Control, Report, run_lockstep
 from semantic_ep.serve.protocol import (
     EngineRequest,
-    EngineStats,
-    RankLoad,
-    RankStats,
     RecordAction,
     RecordedPhase,
     RequestScheduler,
@@ -30,6 +27,7 @@ from semantic_ep.serve.protocol import (
 from semantic_ep.serve.recording import record
 from semantic_ep.serve.reload import read_plan, schedules_by_table, take_over
 from semantic_ep.serve.requests import check_request
+from semantic_ep.serve.stats import EngineStats, RankLoad, RankStats
 from semantic_ep.serve.worker import RankWorker
 
 logger = logging.getLogger(__name__)

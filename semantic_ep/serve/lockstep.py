@@ -21,8 +21,9 @@ from torch.distributed import ProcessGroup
 
 from semantic_ep.errors import PeerFailureError, SemanticEPError
 from semantic_ep.runtime.collectives import peer_guard
-from semantic_ep.serve.protocol import EngineRequest, RankLoad, RankStats, TokenEvent
+from semantic_ep.serve.protocol import EngineRequest, TokenEvent
 from semantic_ep.serve.rank_stats import rank_stats
+from semantic_ep.serve.stats import RankLoad, RankStats
 from semantic_ep.serve.worker import RankWorker
 
 # Bytes that a message of ordinary size fits into; longer ones take a second collective.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from semantic_ep.serve.protocol import RankStats
+from semantic_ep.serve.stats import RankStats
 from semantic_ep.serve.worker import RankWorker
 
 

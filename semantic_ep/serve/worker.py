@@ -15,9 +15,10 @@ from semantic_ep.integrations.paged_attention import Chunk, PackedBatch, PagedKV
 from semantic_ep.observe.recorder import RoutingRecorder
 from semantic_ep.serve.batcher import Batcher
 from semantic_ep.serve.blocks import BLOCK_SIZE, BlockPool, blocks_for
-from semantic_ep.serve.protocol import EngineRequest, RankLoad, RecordedPhase, TokenEvent
+from semantic_ep.serve.protocol import EngineRequest, RecordedPhase, TokenEvent
 from semantic_ep.serve.sampler import logprobs, sample
 from semantic_ep.serve.sequences import Sequence
+from semantic_ep.serve.stats import RankLoad
 
 MAX_STEP_TOKENS = 512
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from semantic_ep.errors import BackendError, PeerFailureError, RequestError
+from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.schedule import Schedule
 from semantic_ep.plan.token_schedule import SchedulePredictor
 from semantic_ep.serve.protocol import SamplingParams
@@ -15,12 +16,19 @@ from tests.distributed.test_serve_engine import (
     FAMILIES,
     LAYERS,
     VOCAB,
+    contiguous,
     placements,
     prompts_of,
     save_tiny_model,
     single_process,
 )
-from tests.distributed.test_serve_group import GREEDY, Client, random_prompts, save_plan
+from tests.distributed.test_serve_group import (
+    GREEDY,
+    Client,
+    random_prompts,
+    record_and_count,
+    save_plan,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -103,9 +111,8 @@ def _serve(rank, ranks, directories, cases):
                 check_counters(engine, prompts, want, together=together)
 
 
-def test_greedy_tokens_equal_one_process_for_each_family_that_shards(models):
-    directories = {family: directory for family, directory in models.items() if family != "olmoe"}
-    run_ranks(_serve, 2, directories, [("random", "look-ahead")])
+def test_greedy_tokens_equal_one_process_for_each_family(models):
+    run_ranks(_serve, 2, models, [("random", "look-ahead")])
 
 
 def test_greedy_tokens_do_not_depend_on_placement_or_schedule(models):
@@ -127,8 +134,6 @@ def test_the_kernels_shuffle_and_dispatch_the_same_tokens(models):
 
 def _refusals(rank, ranks, directories):
     placement = placements(ranks)["contiguous"]
-    with pytest.raises(BackendError, match="over all heads together: they cannot be sharded"):
-        load(directories["olmoe"], placement, None)
     with pytest.raises(BackendError, match=r"num_key_value_heads = 1 cannot be divided.*2 ranks"):
         load(directories["few_heads"], placement, None)
     engine = load(directories["qwen3_moe"], placement, None)
@@ -165,8 +170,6 @@ def _served(rank, ranks, directory, plan, prompts, want):
 
     def front(running):
         client = Client(running)
-        with pytest.raises(RequestError, match="attention-TP does not record"):
-            running.record("start").result(30)
         drawn = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
         for number, prompt in enumerate(prompts):
             client.submit(f"r{number}", prompt)
@@ -204,3 +207,27 @@ def test_requests_come_and_go_and_plans_change_while_all_ranks_run_one_batch(mod
     prompts = random_prompts(6)
     want = single_process(models["qwen3_moe"], prompts, GREEDY.max_tokens)
     run_ranks(_served, 2, models["qwen3_moe"], plan, prompts, want)
+
+
+def _record_while_serving(rank, ranks, directory, output):
+    from semantic_ep.serve.scheduling.make import make_scheduler
+    from semantic_ep.serve.start import serve_group
+
+    placement = contiguous(1) if ranks == 1 else placements(ranks)["random"]
+    serve_group(
+        load(directory, placement, "look-ahead"),
+        scheduler=make_scheduler("least-loaded", ep_size=1, max_wait_seconds=0),
+        front=lambda running: record_and_count(Client(running), output),
+        kv_cache_tokens=512,
+        block_size=4,
+    )
+
+
+def test_routes_are_recorded_whole_though_every_layer_slices_its_own_way(models, tmp_path):
+    for ranks in (1, 2):
+        run_ranks(_record_while_serving, ranks, models["qwen3_moe"], tmp_path / f"{ranks}")
+    alone, sliced = (RoutingProfile.read(tmp_path / f"{ranks}") for ranks in (1, 2))
+    for name in ("load", "token_count", "coactivation", "transition", "tokens"):
+        np.testing.assert_array_equal(getattr(sliced, name), getattr(alone, name), err_msg=name)
+    for one, other in zip(sliced.token_expert, alone.token_expert, strict=True):
+        assert (one != other).nnz == 0

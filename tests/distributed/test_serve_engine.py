@@ -78,7 +78,9 @@ def save_tiny_model(directory, family, **changes):
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" not in name:
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
                 parameter.normal_(0, 0.3)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -214,7 +214,8 @@ def test_memory_stays_flat_over_thousands_of_requests(model):
     run_ranks(_serve_many, 1, model)
 
 
-def _record(client, output):
+def record_and_count(client, output):
+    """Record while serving and hold the profile to the tokens that were computed."""
     for action, message in (("stop", "not being recorded"), ("dump", "no routing has been")):
         with pytest.raises(RequestError, match=message):
             client.engine.record(action, output).result(60)
@@ -252,7 +253,7 @@ def _record(client, output):
 
 
 def _record_while_serving(rank, ranks, directory, output):
-    serving(directory, _record, output)
+    serving(directory, record_and_count, output)
 
 
 def test_served_traffic_is_recorded_as_a_profile_of_all_ranks(model, tmp_path):

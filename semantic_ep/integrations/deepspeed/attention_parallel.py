@@ -7,9 +7,10 @@ too, which work on different tokens on every rank here. transformers' own tensor
 the alternative: it needs `accelerate`, loads the model itself, and reduces to all ranks inside
 its modules.
 
-What AutoTP does not reach is done here: gpt-oss' attention sinks, one for each head, are cut, and
-in layers with an MoE block the output projection leaves its partial sums to the shuffled
-reduce-scatter. Models that normalise queries over all heads at once (OLMoE) cannot be sharded.
+What AutoTP does not reach is done here: gpt-oss' attention sinks, one for each head, are cut;
+norms of queries and keys over all heads at once (OLMoE) take their mean over the group; and in
+layers with an MoE block the output projection leaves its partial sums to the shuffled
+reduce-scatter.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from semantic_ep.errors import BackendError, explain
@@ -46,17 +49,6 @@ def check_heads(model: nn.Module, ranks: int) -> None:
                     do='Set it to "dp", or start another number of ranks',
                 )
             )
-    for name, attention in _attention_modules(model):
-        norm = getattr(attention, "q_norm", None)
-        if ranks > 1 and norm is not None and norm.weight.numel() != attention.head_dim:
-            raise BackendError(
-                explain(
-                    f"{name} normalises queries over all heads together: they cannot be sharded",
-                    where=_SETTING,
-                    got="tp",
-                    do='Set it to "dp"',
-                )
-            )
 
 
 def tensor_parallel_config(model: nn.Module, group: ProcessGroup) -> dict[str, Any]:
@@ -73,12 +65,41 @@ def tensor_parallel_config(model: nn.Module, group: ProcessGroup) -> dict[str, A
     }
 
 
-def cut_sinks(model: nn.Module, group: ProcessGroup) -> None:
-    """Keep the attention sinks of this rank's heads, in place."""
+def cut_heads(model: nn.Module, group: ProcessGroup) -> None:
+    """Keep what belongs to this rank's heads outside of projections, in place: sinks and norms."""
     for _, attention in _attention_modules(model):
         if hasattr(attention, "sinks"):
             own = attention.sinks.data.chunk(group.size())[group.rank()]
             attention.sinks = nn.Parameter(own.clone(), requires_grad=False)
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(attention, name, None)
+            if norm is not None and norm.weight.numel() != attention.head_dim:
+                setattr(attention, name, ShardedRMSNorm(norm, group))
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMS norm of a vector whose elements lie on the ranks of a group, in order. Communicates.
+
+    Args:
+        norm: Of the whole vector, as transformers' models have it.
+        group: Its ranks have equal shares.
+    """
+
+    def __init__(self, norm: nn.Module, group: ProcessGroup) -> None:
+        super().__init__()
+        own = norm.weight.data.chunk(group.size())[group.rank()]
+        self.weight = nn.Parameter(own.clone(), requires_grad=False)
+        self.eps: float = norm.variance_epsilon
+        self._group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., D / G], this rank's elements."""
+        exact = x.float()
+        squares = exact.square().sum(-1, keepdim=True)
+        with peer_guard("all-reduce of a norm over all heads", self._group):
+            dist.all_reduce(squares, group=self._group)
+        mean = squares / (x.shape[-1] * self._group.size())
+        return self.weight * (exact * torch.rsqrt(mean + self.eps)).to(x.dtype)
 
 
 def prepare_reductions(model: nn.Module, group: ProcessGroup) -> None:

@@ -19,7 +19,7 @@ from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.errors import BackendError, explain
 from semantic_ep.integrations.deepspeed.attention_parallel import (
     check_heads,
-    cut_sinks,
+    cut_heads,
     prepare_reductions,
     tensor_parallel_config,
 )
@@ -210,7 +210,7 @@ def _start(model: nn.Module, *, dtype: torch.dtype, heads_over: ProcessGroup | N
     config: dict[str, Any] = {"dtype": dtype}
     if heads_over is not None:
         check_heads(model, heads_over.size())
-        cut_sinks(model, heads_over)
+        cut_heads(model, heads_over)
         config |= tensor_parallel_config(model, heads_over)
     # DeepSpeed casts every floating tensor; families keep some in float32 (router biases).
     exact = {name: tensor for name, tensor in _tensors(model) if tensor.dtype == torch.float32}

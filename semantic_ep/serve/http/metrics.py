@@ -17,7 +17,8 @@ from prometheus_client.registry import Collector
 
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.drift import load_distance
-from semantic_ep.serve.protocol import Engine, EngineStats, TokenEvent
+from semantic_ep.serve.protocol import Engine, TokenEvent
+from semantic_ep.serve.stats import EngineStats
 
 PREFIX = "semantic_ep:"
 # vLLM's, so that its dashboards fit.

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from semantic_ep.plan.schedule import Schedule
-from semantic_ep.serve.protocol import Assignment, EngineRequest, RankLoad
+from semantic_ep.serve.protocol import Assignment, EngineRequest
 from semantic_ep.serve.scheduling.affinity import RankHits
 from semantic_ep.serve.scheduling.policies import Candidate, GroupLoad, Policy
 from semantic_ep.serve.scheduling.prefix import Prefix, PrefixIndex, stretches_of
+from semantic_ep.serve.stats import RankLoad
 
 # Weight of the latest request in the mean of generated tokens.
 _NEWEST = 0.05

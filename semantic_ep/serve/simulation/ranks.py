@@ -8,7 +8,7 @@ from collections import deque
 
 import numpy as np
 
-from semantic_ep.serve.protocol import RankLoad
+from semantic_ep.serve.stats import RankLoad
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

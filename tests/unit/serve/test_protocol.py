@@ -7,15 +7,8 @@ import threading
 import pytest
 
 from semantic_ep.errors import RequestError
-from semantic_ep.serve.protocol import (
-    EngineRequest,
-    EngineStats,
-    RankLoad,
-    RankStats,
-    SamplingParams,
-    TokenEvent,
-    submitted,
-)
+from semantic_ep.serve.protocol import EngineRequest, SamplingParams, TokenEvent, submitted
+from semantic_ep.serve.stats import EngineStats, RankLoad, RankStats
 
 REQUEST = EngineRequest(id="a", prompt_token_ids=[1], sampling=SamplingParams())
 

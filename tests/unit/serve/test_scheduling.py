@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from semantic_ep.errors import ConfigError
 from semantic_ep.plan.schedule import Schedule
-from semantic_ep.serve.protocol import EngineRequest, RankLoad, SamplingParams
+from semantic_ep.serve.protocol import EngineRequest, SamplingParams
 from semantic_ep.serve.scheduling.affinity import SAMPLED_TOKENS, RankHits
 from semantic_ep.serve.scheduling.cost import Accelerator, ModelSize, ServingCost
 from semantic_ep.serve.scheduling.make import POLICIES, make_scheduler
 from semantic_ep.serve.scheduling.policies import Candidate, GroupLoad, Semantic
 from semantic_ep.serve.scheduling.prefix import Prefix, PrefixIndex, blocks_of, stretches_of
+from semantic_ep.serve.stats import RankLoad
 from semantic_ep.topology import LINKS, Topology
 
 KV = 1000
