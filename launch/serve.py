@@ -40,16 +40,15 @@ from semantic_ep.artifacts import write_file_atomically
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, SemanticEPError, explain
 from semantic_ep.integrations.deepspeed.inference import init_distributed
-from semantic_ep.plan.plan import Plan
-from semantic_ep.plan.schedule import Schedule
 from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.serve.arguments import add_job_arguments, parse_server_arguments
 from semantic_ep.serve.compare import ServingMode, compare_modes
 from semantic_ep.serve.job import (
+    ServingPlans,
     expert_groups,
     load_engine,
     local_device,
-    read_plan,
+    read_plans,
     read_settings,
 )
 from semantic_ep.serve.reference import generate_in_one_process
@@ -97,7 +96,7 @@ def build_modes(
     args: argparse.Namespace,
     settings: SemanticEPConfig,
     checkpoint: Checkpoint,
-    plan: Plan | None,
+    plans: ServingPlans,
     requests: list[Request],
 ) -> dict[str, ServingMode]:
     """Load an engine for each mode.
@@ -105,8 +104,8 @@ def build_modes(
     Raises:
         ConfigError: `semantic` was asked for without a plan.
     """
-    names = args.compare or (["semantic"] if plan is not None else ["contiguous"])
-    if "semantic" in names and plan is None:
+    names = args.compare or (["semantic"] if plans.plan is not None else ["contiguous"])
+    if "semantic" in names and plans.plan is None:
         raise ConfigError(
             explain(
                 "semantic mode needs a plan",
@@ -119,7 +118,7 @@ def build_modes(
     prompts = [request.prompt for request in requests]
     modes = {}
     for name in names:
-        used = plan if name == "semantic" else None
+        used = plans if name == "semantic" else ServingPlans()
         engine = load_engine(
             args,
             settings,
@@ -129,8 +128,7 @@ def build_modes(
             group=group,
             max_sequences=args.max_batch_size,
         )
-        schedule = None if used is None else used.schedule
-        ranks = ranks_of_requests(args, settings, prompts, schedule)
+        ranks = ranks_of_requests(args, settings, prompts, used)
         modes[name] = ServingMode(engine=engine, rank_of_request=ranks)
     return modes
 
@@ -139,14 +137,19 @@ def ranks_of_requests(
     args: argparse.Namespace,
     settings: SemanticEPConfig,
     prompts: list[list[int]],
-    schedule: Schedule | None,
+    plans: ServingPlans,
 ) -> np.ndarray:
     """[R], the rank that each request is handed to."""
     if settings.serve.attention == "tp":
         return np.zeros(len(prompts), dtype=np.int64)
-    if schedule is None or settings.schedule.mode == "off":
+    if plans.schedule is None or settings.schedule.mode == "off":
         return round_robin(len(prompts), dist.get_world_size())
-    return by_affinity(prompts, schedule, max_new_tokens=args.max_new_tokens)
+    return by_affinity(
+        prompts,
+        plans.schedule,
+        max_new_tokens=args.max_new_tokens,
+        decode_schedule=plans.decode_schedule,
+    )
 
 
 def check_against_one_process(
@@ -193,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = read_settings(args)
     checkpoint = Checkpoint.open(args.model)
-    plan = read_plan(args, settings, checkpoint)
+    plans = read_plans(args, settings, checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     requests = read_requests(
         args.prompts,
@@ -205,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
 
     init_distributed(device_type=local_device(args).type, peer_timeout=args.peer_timeout)
     first = dist.get_rank() == 0
-    modes = build_modes(args, settings, checkpoint, plan, requests)
+    modes = build_modes(args, settings, checkpoint, plans, requests)
     loaded = peak_rss_bytes()
     if first:
         print(
@@ -276,8 +279,12 @@ def publish(args: argparse.Namespace, settings: SemanticEPConfig, result: dict[s
     ) as tracker:
         tracker.log(tracked_metrics(result))
         tracker.log_artifact(args.model, "checkpoint", role="input")
-        if (plan := args.plan or settings.plan.artifact) != "auto":
-            tracker.log_artifact(plan, "plan", role="input")
+        for plan in (
+            args.plan or settings.plan.artifact,
+            args.decode_plan or settings.serve.decode_plan,
+        ):
+            if plan != "auto":
+                tracker.log_artifact(plan, "plan", role="input")
 
 
 def names_prompts(argv: list[str] | None) -> bool:

@@ -142,6 +142,12 @@ class ServeConfig(_Section):
         description="which rank serves a request that arrives at the HTTP server; auto: semantic "
         "with a plan, else least-loaded",
     )
+    decode_plan: str = Field(
+        "auto",
+        description="directory of a plan for generated tokens, which leaves the plan to those of "
+        "prompts; ranks then hold the experts of both. auto: one plan for all",
+        min_length=1,
+    )
     kv_cache_tokens: PositiveInt = Field(
         65536, description="positions of each rank's KV cache in the HTTP server"
     )

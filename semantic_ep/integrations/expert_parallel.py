@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from semantic_ep.observe.recorder import RoutingSink
+    from semantic_ep.plan.phases import PhasePlacements
     from semantic_ep.plan.placement import Placement
     from semantic_ep.runtime.backends import VerifiedDispatcher
     from semantic_ep.runtime.dispatch import ExpertRows
@@ -34,12 +35,15 @@ class StepContext:
         timer: Seconds in dispatch, experts and combine, over all layers.
         overlap: Whether experts start on own rows while others travel.
         recorder: Told of the router's choices, if there is one.
+        generated_T: [T] bool, which of the tokens that routers see were generated, for models with
+            a placement of their own for these; None where the placement is one for all.
     """
 
     def __init__(self, device: torch.device, *, overlap: OverlapMode) -> None:
         self.timer = PhaseTimer(device)
         self.overlap = overlap
         self.recorder: RoutingSink | None = None
+        self.generated_T: Tensor | None = None
 
 
 class SemanticExperts(nn.Module):
@@ -50,12 +54,14 @@ class SemanticExperts(nn.Module):
         dispatcher: Of the EP group.
         layer: Index of the MoE layer, 0..L-1.
         slot_table_E: int64, slot of each logical expert for tokens of this rank.
+        generated_table_E: The same for generated tokens; None: there is one table for all.
         hidden_size: D.
         top_k: Experts a token activates (K).
         context: Shared by the layers of the model.
     """
 
     slot_table_E: Tensor
+    generated_table_E: Tensor | None
 
     def __init__(
         self,
@@ -67,6 +73,7 @@ class SemanticExperts(nn.Module):
         hidden_size: int,
         top_k: int,
         context: StepContext,
+        generated_table_E: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.local = local
@@ -76,6 +83,7 @@ class SemanticExperts(nn.Module):
         self.top_k = top_k
         self.context = context
         self.register_buffer("slot_table_E", slot_table_E, persistent=False)
+        self.register_buffer("generated_table_E", generated_table_E, persistent=False)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run [T, D] tokens through their top-k experts, wherever these live.
@@ -92,7 +100,7 @@ class SemanticExperts(nn.Module):
             self.context.recorder.record(self.layer, top_k_index)
         if self.dispatcher.group.size() == 1:
             return self._forward_alone(hidden_states, top_k_index, top_k_weights)
-        slot_TK = remap(self.slot_table_E, top_k_index)
+        slot_TK = self._slots(top_k_index)
         # Equal on all ranks, also on those that have no token to learn it from.
         exact = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         timer = self.context.timer
@@ -117,7 +125,7 @@ class SemanticExperts(nn.Module):
 
     def _forward_alone(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """One rank has nobody to exchange with: the family's own forward, and the counters."""
-        slot_TK = remap(self.slot_table_E, index_TK)
+        slot_TK = self._slots(index_TK)
         with self.context.timer.phase("experts"):
             out_TD = self.local(hidden_TD, slot_TK, weights_TK)
         slots = self.dispatcher.slots_per_rank
@@ -130,8 +138,16 @@ class SemanticExperts(nn.Module):
         )
         return out_TD
 
+    def _slots(self, index_TK: Tensor) -> Tensor:
+        """[T, K] physical slots of logical experts, by each token's phase if that counts."""
+        slot_TK, generated_T = remap(self.slot_table_E, index_TK), self.context.generated_T
+        if self.generated_table_E is None or generated_T is None:
+            return slot_TK
+        return torch.where(generated_T[:, None], remap(self.generated_table_E, index_TK), slot_TK)
+
     def run_idle(self) -> None:
         """Take part in the exchange of this layer without a token, for the other ranks."""
+        self.context.generated_T = None
         weight = next(self.local.parameters())
         hidden = weight.new_empty(0, self.hidden_size)
         index = torch.empty(0, self.top_k, dtype=torch.long, device=weight.device)
@@ -162,6 +178,7 @@ def replace_experts(
     dispatcher: VerifiedDispatcher,
     context: StepContext,
     node_of_rank: np.ndarray | None = None,
+    phases: PhasePlacements | None = None,
 ) -> Sequence[SemanticExperts]:
     """Replace the experts of every MoE block, in place; returns them in layer order.
 
@@ -172,15 +189,16 @@ def replace_experts(
         dispatcher: Of the EP group, with L layers.
         context: Shared by the layers.
         node_of_rank: Node of each EP rank, for the choice between copies; None means one node.
+        phases: Whose resident experts the placement is of, if each phase has one of its own.
     """
-    tables = torch.from_numpy(slot_tables(placement, rank=rank, node_of_rank=node_of_rank))
+    tables = _tables(placement, phases, rank=rank, node_of_rank=node_of_rank)
     replaced = []
     for layer, site in enumerate(find_moe_layers(model)):
         experts = SemanticExperts(
             model.get_submodule(site.experts),
             dispatcher=dispatcher,
             layer=layer,
-            slot_table_E=tables[layer],
+            **{name: table_LE[layer] for name, table_LE in tables.items()},
             hidden_size=model.config.get_text_config().hidden_size,
             top_k=site.top_k,
             context=context,
@@ -188,3 +206,36 @@ def replace_experts(
         model.set_submodule(site.experts, experts)
         replaced.append(experts)
     return replaced
+
+
+def set_slot_tables(
+    replaced: Sequence[SemanticExperts],
+    placement: Placement,
+    *,
+    rank: int,
+    node_of_rank: np.ndarray | None = None,
+    phases: PhasePlacements | None = None,
+) -> None:
+    """Go on with the tables of another placement; arguments as of `replace_experts`."""
+    tables = _tables(placement, phases, rank=rank, node_of_rank=node_of_rank)
+    for name, table_LE in tables.items():
+        for experts, table_E in zip(replaced, table_LE, strict=True):
+            getattr(experts, name).copy_(table_E)
+
+
+def _tables(
+    placement: Placement,
+    phases: PhasePlacements | None,
+    *,
+    rank: int,
+    node_of_rank: np.ndarray | None,
+) -> dict[str, Tensor]:
+    """[L, E] tables by the name that `SemanticExperts` has for them."""
+    if phases is None:
+        table_LE = slot_tables(placement, rank=rank, node_of_rank=node_of_rank)
+        return {"slot_table_E": torch.from_numpy(table_LE)}
+    prompts_LE, generated_LE = phases.slot_tables(rank=rank, node_of_rank=node_of_rank)
+    return {
+        "slot_table_E": torch.from_numpy(prompts_LE),
+        "generated_table_E": torch.from_numpy(generated_LE),
+    }

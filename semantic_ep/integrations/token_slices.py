@@ -36,10 +36,10 @@ from semantic_ep.runtime.shuffle import permutation_of
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from semantic_ep.integrations.expert_parallel import StepContext
     from semantic_ep.plan.placement import Placement
     from semantic_ep.plan.predictors import Predictor
     from semantic_ep.runtime.shuffle import Shuffle
-    from semantic_ep.runtime.stats import PhaseTimer
 
 
 SHUFFLE_COUNTERS = ("bytes_reduce_scatter", "bytes_all_gather")
@@ -98,7 +98,8 @@ class TokenSlices:
         placement: Of the experts.
         predictor: What tokens will want; None: slices in order of the tokens. All ranks must
             come to the same scores.
-        timer: Takes the phases "schedule" and "shuffle".
+        decode_predictor: What generated tokens will want, if another knows that.
+        context: Of the model's MoE layers; its timer takes the phases "schedule" and "shuffle".
 
     Attributes:
         placement: As given, or what took its place.
@@ -116,15 +117,19 @@ class TokenSlices:
         shuffle: Shuffle,
         placement: Placement,
         predictor: Predictor | None,
-        timer: PhaseTimer,
+        context: StepContext,
+        decode_predictor: Predictor | None = None,
     ) -> None:
         self.group = group
         self.shuffle = shuffle
         self.placement = placement
         self.predictor = predictor
-        self.timer = timer
+        self.decode_predictor = decode_predictor
+        self.context = context
+        self.timer = context.timer
         self.stats = ShuffleStats(placement.num_layers)
         self._id_N = np.empty(0, dtype=np.int64)
+        self._generated_N: Tensor | None = None
         self._known: Mapping[int, Slices] = {}
         for layer, site in enumerate(find_moe_layers(model)):
             _SlicedLayer(self, layer, decoder_layer_of(model, site))
@@ -134,9 +139,15 @@ class TokenSlices:
         """Tokens of the current step (N), those of other ranks' slices included."""
         return len(self._id_N)
 
-    def start_step(self, id_N: Tensor) -> None:
-        """Take the token ids of a step, in the order in which they lie in its row."""
+    def start_step(self, id_N: Tensor, generated_N: Tensor | None = None) -> None:
+        """Take the token ids of a step, in the order in which they lie in its row.
+
+        Args:
+            id_N: Token ids.
+            generated_N: [N] bool, which of them were generated, where that makes a difference.
+        """
         self._id_N = id_N.cpu().numpy()
+        self._generated_N = generated_N
         if isinstance(self.predictor, LookAheadPredictor):
             self._known = {}
             return
@@ -167,19 +178,26 @@ class TokenSlices:
             per_slice = max(-(-tokens // self.group.size()), 1)
             same = self._slices(np.arange(tokens) // per_slice, device)
             return dict.fromkeys(layers, same)
-        nothing = np.empty((tokens, 0, 0), dtype=np.int64)
-        scores_LNG = np.stack(
-            [
-                self.predictor.rank_scores(
-                    Context(layer=layer, token_id=self._id_N, history=nothing), self.placement
-                )
-                for layer in layers
-            ]
-        )
+        scores_LNG = self._scores(self.predictor)
+        if self.decode_predictor is not None and self._generated_N is not None:
+            generated_N = self._generated_N.cpu().numpy()
+            scores_LNG[:, generated_N] = self._scores(self.decode_predictor)[:, generated_N]
         return {
             layer: self._slices(home_N, device)
             for layer, home_N in zip(layers, home_ranks(scores_LNG), strict=True)
         }
+
+    def _scores(self, predictor: Predictor) -> np.ndarray:
+        nothing = np.empty((len(self._id_N), 0, 0), dtype=np.int64)
+        contexts = [
+            Context(layer=layer, token_id=self._id_N, history=nothing)
+            for layer in range(self.placement.num_layers)
+        ]
+        return np.stack([predictor.rank_scores(context, self.placement) for context in contexts])
+
+    def own_phases(self) -> Tensor | None:
+        """[T] bool, which tokens of this rank's slice at the current layer were generated."""
+        return None if self._generated_N is None else self._generated_N[self.current.own_T]
 
     def _slices(self, home_N: np.ndarray, device: torch.device) -> Slices:
         return Slices.of(home_N, rank=self.group.rank(), ranks=self.group.size(), device=device)
@@ -212,6 +230,7 @@ class _SlicedLayer:
             )
         self._stream_1ND = stream_1ND
         self._steps.current = self._steps.at(self._layer, stream_1ND[0])
+        self._steps.context.generated_T = self._steps.own_phases()
         return (stream_1ND[:, self._steps.current.own_T], *args[1:])
 
     def _whole(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

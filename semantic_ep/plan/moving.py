@@ -64,7 +64,7 @@ def relabel_ranks(
         held = current.physical_to_logical_map.reshape(renamed.shape)
         renamed = np.stack(
             [
-                np.stack([_keep_slots(new, old) for new, old in zip(*layer)])
+                np.stack([keep_slots(new, old) for new, old in zip(*layer)])
                 for layer in zip(renamed, held)
             ]
         )
@@ -86,7 +86,7 @@ def rank_names(
 
     See `relabel_ranks` for arguments and errors.
     """
-    _check_alike(wanted, current)
+    check_alike(wanted, current)
     ranks = wanted.ep_size
     nodes = np.zeros(ranks, dtype=np.int64) if topology is None else topology.nodes
     overlap = np.einsum(
@@ -118,7 +118,7 @@ def count_moves(
     Raises:
         PlacementError: The placements are of different models or ranks.
     """
-    _check_alike(wanted, current)
+    check_alike(wanted, current)
     arriving = wanted.expert_on_rank & ~current.expert_on_rank  # [L, E, G]
     nodes = np.zeros(wanted.ep_size, dtype=np.int64) if topology is None else topology.nodes
     members = [nodes == node for node in range(nodes.max() + 1)]
@@ -154,14 +154,15 @@ def _match_within_nodes(overlap_GG: np.ndarray, nodes: np.ndarray) -> np.ndarray
     return names
 
 
-def _keep_slots(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+def keep_slots(new: np.ndarray, old: np.ndarray) -> np.ndarray:
     """[S] `new` in an order that leaves experts which `old` holds too in their slots."""
     kept = np.where(np.isin(old, new) & (old >= 0), old, -2)
     rest = iter([expert for expert in new if expert < 0 or expert not in kept])
     return np.array([next(rest) if slot == -2 else slot for slot in kept])
 
 
-def _check_alike(wanted: Placement, current: Placement) -> None:
+def check_alike(wanted: Placement, current: Placement) -> None:
+    """Raise `PlacementError` unless both are of one model and as many ranks."""
     shapes = [(p.num_layers, p.num_experts, p.ep_size) for p in (wanted, current)]
     if shapes[0] != shapes[1]:
         raise PlacementError(

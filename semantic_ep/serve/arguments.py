@@ -16,6 +16,11 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint")
     parser.add_argument("--plan", type=Path, help="plan artefact; default: semantic_ep.plan")
     parser.add_argument(
+        "--decode-plan",
+        type=Path,
+        help="another one for generated tokens; default: semantic_ep.serve.decode_plan",
+    )
+    parser.add_argument(
         "--deepspeed_config", "--config", type=Path, help='JSON with a "semantic_ep" section'
     )
     parser.add_argument("--deepspeed", action="store_true", help="accepted, as DeepSpeed's scripts")

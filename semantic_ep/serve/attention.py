@@ -14,12 +14,17 @@ _MODE = "semantic_ep.schedule.mode, --semantic-ep-schedule-mode"
 _PREDICTOR = "semantic_ep.schedule.predictor, --semantic-ep-schedule-predictor"
 
 
-def attention_options(settings: SemanticEPConfig, schedule: Schedule | None) -> dict[str, Any]:
+def attention_options(
+    settings: SemanticEPConfig,
+    schedule: Schedule | None,
+    decode_schedule: Schedule | None = None,
+) -> dict[str, Any]:
     """Options of `SemanticInferenceEngine.from_checkpoint` that the settings ask for.
 
     Args:
         settings: Of the run.
         schedule: Of the plan that the experts are placed by; None serves without affinity.
+        decode_schedule: Of the plan for generated tokens, if they have one of their own.
 
     Raises:
         ConfigError: The settings contradict each other.
@@ -50,5 +55,8 @@ def attention_options(settings: SemanticEPConfig, schedule: Schedule | None) -> 
     if mode == "off" or schedule is None:
         return {"attention": "tp", "predictor": None}
     if predictor == "table":
-        return {"attention": "tp", "predictor": SchedulePredictor(schedule=schedule)}
+        options = {"attention": "tp", "predictor": SchedulePredictor(schedule=schedule)}
+        if decode_schedule is not None:
+            options["decode_predictor"] = SchedulePredictor(schedule=decode_schedule)
+        return options
     return {"attention": "tp", "predictor": "look-ahead"}

@@ -68,7 +68,7 @@ class GroupEngine:
         max_sequence_tokens: int,
         on_failure: Callable[[BaseException], object] | None = None,
     ) -> None:
-        self._fingerprint = worker.model.fingerprint
+        self._worker = worker
         self._scheduler = scheduler
         self._max_sequence_tokens = max_sequence_tokens
         self._on_failure = on_failure
@@ -92,7 +92,7 @@ class GroupEngine:
         self._by_table = schedules_by_table(worker)
         self._homes = 1 if worker.has_all_requests else group.size()
         self._thread = threading.Thread(
-            target=self._run, args=(worker, group), name="semantic-ep-engine", daemon=True
+            target=self._run, args=(group,), name="semantic-ep-engine", daemon=True
         )
         self._thread.start()
 
@@ -141,20 +141,27 @@ class GroupEngine:
         """See `Engine`."""
         return self._stats
 
-    def reload_plan(self, plan: Path) -> Future[Mapping[str, Any]]:
+    def reload_plan(self, plan: Path, decode_plan: Path | None = None) -> Future[Mapping[str, Any]]:
         """See `Engine`."""
         future = _future()
         try:
             # Read once, here: a rank that cannot would leave the others waiting.
-            new = read_plan(plan, self._fingerprint)
+            fingerprint = self._worker.model.fingerprint
+            new = read_plan(plan, fingerprint)
+            decode = None if decode_plan is None else read_plan(decode_plan, fingerprint)
         except SemanticEPError as error:
             future.set_exception(error)
             return future
         # Called in the loop's thread, between two steps.
-        future.add_done_callback(functools.partial(self._taken_over, new))
-        schedule = new.schedule if self._by_table else None
-        action = functools.partial(take_over, placement=new.placement, schedule=schedule)
-        return self._enqueue(action, future)
+        future.add_done_callback(functools.partial(self._taken_over, new, decode))
+        parts: dict[str, Any] = {"placement": new.placement}
+        if self._by_table:
+            parts["schedule"] = new.schedule
+        if decode is not None:
+            parts["decode_placement"] = decode.placement
+            if self._by_table:
+                parts["decode_schedule"] = decode.schedule
+        return self._enqueue(functools.partial(take_over, **parts), future)
 
     def record(
         self, action: RecordAction, output: Path | None = None, *, phase: RecordedPhase = "all"
@@ -238,10 +245,10 @@ class GroupEngine:
             step_seconds=self._stats.step_seconds + seconds,
         )
 
-    def _run(self, worker: RankWorker, group: ProcessGroup) -> None:
+    def _run(self, group: ProcessGroup) -> None:
         error: BaseException | None = None
         try:
-            run_lockstep(worker, group, self)
+            run_lockstep(self._worker, group, self)
         except BaseException as caught:  # Whatever it was, those who wait must hear of it.
             error = caught
             logger.exception("the serving loop failed")
@@ -277,18 +284,18 @@ class GroupEngine:
         future.set_exception(UnavailableError(explain("the engine has ended")))
         return future
 
-    def _taken_over(self, plan: Plan, future: Future[Any]) -> None:
+    def _taken_over(self, plan: Plan, decode: Plan | None, future: Future[Any]) -> None:
         if future.exception() is not None:
             return
         if self._homes > 1:
-            self._scheduler.replan(plan.schedule)
+            self._scheduler.replan(plan.schedule, None if decode is None else decode.schedule)
         # What slots have computed so far was for the experts that were there before.
         ranks = tuple(dataclasses.replace(r, slot_rows_LS=None) for r in self._stats.ranks)
         self._stats = dataclasses.replace(
             self._stats,
             ranks=ranks,
             plan_reloads=self._stats.plan_reloads + 1,
-            physical_to_logical_map=plan.placement.physical_to_logical_map,
+            physical_to_logical_map=self._worker.model.placement.physical_to_logical_map,
         )
 
     def _pending(self) -> bool:

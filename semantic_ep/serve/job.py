@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 
 import torch
@@ -14,6 +15,7 @@ from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.deepspeed import read_config
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
+from semantic_ep.plan.schedule import Schedule
 from semantic_ep.runtime.groups import GroupPlan
 from semantic_ep.serve.attention import attention_options
 from semantic_ep.serve.engine import SemanticInferenceEngine
@@ -31,24 +33,61 @@ def read_settings(args: argparse.Namespace) -> SemanticEPConfig:
     return SemanticEPConfig.resolve(json_section=section, args=args)
 
 
-def read_plan(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServingPlans:
+    """Plans that a server follows.
+
+    Attributes:
+        plan: Of all tokens, or of those of prompts; None: contiguous, and no affinity.
+        decode: Of generated tokens, if they have one of their own.
+    """
+
+    plan: Plan | None = None
+    decode: Plan | None = None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Of all tokens, or of those of prompts."""
+        return None if self.plan is None else self.plan.schedule
+
+    @property
+    def decode_schedule(self) -> Schedule | None:
+        """Of generated tokens, if they have one of their own."""
+        return None if self.decode is None else self.decode.schedule
+
+
+def read_plans(
     args: argparse.Namespace, settings: SemanticEPConfig, checkpoint: Checkpoint
-) -> Plan | None:
-    """Read the plan and check that it is the model's.
+) -> ServingPlans:
+    """Read the plans and check that they are the model's.
 
     Raises:
-        ArtifactError: It is damaged. FingerprintError: It belongs to another model.
+        ArtifactError: One is damaged. FingerprintError: It belongs to another model.
+        ConfigError: There is a plan for generated tokens alone.
     """
-    path = args.plan or settings.plan.artifact
-    if path == "auto":
-        return None
-    plan = Plan.read(path)
-    plan.fingerprint.check(
-        checkpoint.fingerprint(),
-        what=f"--model {args.model}, for --plan {path},",
-        allow_retrained=args.allow_retrained,
-    )
-    return plan
+    read: dict[str, Plan | None] = {}
+    for flag, path in (
+        ("--plan", args.plan or settings.plan.artifact),
+        ("--decode-plan", args.decode_plan or settings.serve.decode_plan),
+    ):
+        read[flag] = plan = None if path == "auto" else Plan.read(path)
+        if plan is not None:
+            plan.fingerprint.check(
+                checkpoint.fingerprint(),
+                what=f"--model {args.model}, for {flag} {path},",
+                allow_retrained=args.allow_retrained,
+            )
+    plans = ServingPlans(plan=read["--plan"], decode=read["--decode-plan"])
+    if plans.decode is not None and plans.plan is None:
+        raise ConfigError(
+            explain(
+                "a plan for generated tokens needs another for those of prompts",
+                where="semantic_ep.serve.decode_plan, --semantic-ep-serve-decode-plan, "
+                "--decode-plan",
+                do="Give that as --plan",
+            )
+        )
+    return plans
 
 
 def expert_groups(
@@ -119,7 +158,7 @@ def load_engine(
     args: argparse.Namespace,
     settings: SemanticEPConfig,
     checkpoint: Checkpoint,
-    plan: Plan | None,
+    plans: ServingPlans,
     group_plan: GroupPlan,
     *,
     group: dist.ProcessGroup,
@@ -131,7 +170,7 @@ def load_engine(
         args: See `add_job_arguments`.
         settings: Of the run.
         checkpoint: Opened.
-        plan: To place experts by; None: contiguous, and no affinity.
+        plans: To place experts by.
         group_plan: Of `expert_groups`.
         group: The EP group.
         max_sequences: That run together on a rank.
@@ -139,8 +178,8 @@ def load_engine(
     Raises:
         BackendError, ConfigError, PlacementError: Plan, settings and ranks do not fit each other.
     """
-    if plan is not None:
-        placement = plan.placement
+    if plans.plan is not None:
+        placement = plans.plan.placement
     else:
         shape = checkpoint.shape
         placement = Placement.contiguous(
@@ -156,5 +195,6 @@ def load_engine(
         overlap=settings.dispatch.overlap,
         max_tokens=max(MAX_STEP_TOKENS, max_sequences),
         node_of_rank=group_plan.nodes_of_group(dist.get_rank()),
-        **attention_options(settings, None if plan is None else plan.schedule),
+        decode_placement=None if plans.decode is None else plans.decode.placement,
+        **attention_options(settings, plans.schedule, plans.decode_schedule),
     )

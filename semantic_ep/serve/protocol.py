@@ -146,8 +146,11 @@ class RequestScheduler(Protocol):
         """A request that was handed over has ended, for whatever reason."""
         ...
 
-    def replan(self, schedule: Schedule) -> None:
-        """Experts have moved: go on with another plan's tables, for as many ranks."""
+    def replan(self, schedule: Schedule, decode_schedule: Schedule | None = None) -> None:
+        """Experts have moved: go on with another plan's tables, for as many ranks.
+
+        `decode_schedule` is that of generated tokens, if they have one of their own.
+        """
         ...
 
     def __len__(self) -> int:
@@ -195,11 +198,15 @@ class Engine(Protocol):
         """Return counters and loads."""
         ...
 
-    def reload_plan(self, plan: Path) -> Future[Mapping[str, Any]]:
+    def reload_plan(self, plan: Path, decode_plan: Path | None = None) -> Future[Mapping[str, Any]]:
         """Move experts to the places of another plan, between two steps; requests go on.
 
         All ranks verify the moved weights and take them over, or none does. The result says what
         was moved ("experts_moved", "bytes_moved", "seconds", "sha256").
+
+        Args:
+            plan: Directory of the artefact.
+            decode_plan: Of generated tokens, for an engine that has a plan for these.
 
         Raises (from the future):
             SemanticEPError: The plan is not for this model or group, or weights did not verify.

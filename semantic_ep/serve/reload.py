@@ -41,6 +41,8 @@ def take_over(
     *,
     placement: Placement,
     schedule: Schedule | None = None,
+    decode_placement: Placement | None = None,
+    decode_schedule: Schedule | None = None,
 ) -> dict[str, Any]:
     """Exchange experts so that they lie as a placement says; every rank calls this together.
 
@@ -51,17 +53,22 @@ def take_over(
         group: Its ranks; weights travel over the group of the model's dispatcher.
         placement: The new one.
         schedule: Its tables, where steps are divided by such.
+        decode_placement: Of generated tokens, if they have one of their own.
+        decode_schedule: Its tables.
 
     Returns:
         "experts_moved", "bytes_moved" and "sha256" (see `Exchanged`), and "seconds".
 
     Raises:
-        PlacementError: It has other ranks or slots, or weights did not verify; on all ranks alike.
+        PlacementError: It has other ranks or slots, there are more or fewer placements than in
+            use, or weights did not verify; on all ranks alike.
         PeerFailureError: Another rank died.
     """
     start = time.perf_counter()
-    worker.model, exchanged = move_experts(worker.model, placement)
+    worker.model, exchanged = move_experts(worker.model, placement, decode_placement)
     worker.slot_rows_before = worker.model.dispatcher.stats.slot_activations
     if schedule is not None:
         worker.model.token_slices.predictor = SchedulePredictor(schedule=schedule)
+    if decode_schedule is not None:
+        worker.model.token_slices.decode_predictor = SchedulePredictor(schedule=decode_schedule)
     return {**dataclasses.asdict(exchanged), "seconds": time.perf_counter() - start}

@@ -128,14 +128,18 @@ class RankWorker:
         ready = [row for row, (sequence, count) in enumerate(work) if count == sequence.pending]
         id_T = torch.tensor(ids, device=device)
         recording = self.model.context.recorder is not None
+        generated_T = None
+        if self.model.phases is not None or (recording and self.recorded_phase != "all"):
+            generated_T = _generated([work[c] for c in batch.order]).to(device)
+        self.model.context.generated_T = generated_T
         if recording:
             sequence_T = [c for c in batch.order for _ in range(work[c][1])]
-            mask_T = self._recorded_tokens([work[c] for c in batch.order])
+            mask_T = self._recorded_tokens(generated_T)
             self.recorder.start_micro_batch(
                 id_T, mask_T=mask_T, sequence_T=torch.tensor(sequence_T)
             )
         if self.model.token_slices is not None:
-            self.model.token_slices.start_step(id_T)
+            self.model.token_slices.start_step(id_T, generated_T)
         logits_BV = self.model.engine(
             input_ids=id_T[None],
             position_ids=batch.position_T[None],
@@ -150,17 +154,12 @@ class RankWorker:
             self.batcher.advance(sequence, count)
         return self._append(logits_BV, [work[row][0] for row in ready])
 
-    def _recorded_tokens(self, work: list[tuple[Sequence, int]]) -> torch.Tensor | None:
+    def _recorded_tokens(self, generated_T: torch.Tensor | None) -> torch.Tensor | None:
         """[T] true for tokens of the phase that is recorded; None for all."""
         if self.recorded_phase == "all":
             return None
-        # Generated tokens that are computed again after a pre-emption stay generated ones.
-        generated_T = [
-            position >= len(sequence.request.prompt_token_ids)
-            for sequence, count in work
-            for position in range(sequence.computed, sequence.computed + count)
-        ]
-        return torch.tensor(generated_T) == (self.recorded_phase == "decode")
+        assert generated_T is not None
+        return generated_T == (self.recorded_phase == "decode")
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         needed = blocks_for(sequence.computed + count, self.cache.block_size)
@@ -196,6 +195,17 @@ class RankWorker:
             return []
         self.new_tokens += len(tokens)
         return events
+
+
+def _generated(work: list[tuple[Sequence, int]]) -> torch.Tensor:
+    """[T] bool, generated tokens of a step; computed again after a pre-emption they stay that."""
+    return torch.tensor(
+        [
+            position >= len(sequence.request.prompt_token_ids)
+            for sequence, count in work
+            for position in range(sequence.computed, sequence.computed + count)
+        ]
+    )
 
 
 def _check_step(step_tokens: int, max_tokens: int | None) -> None:

@@ -138,7 +138,8 @@ def test_served_routing_becomes_a_profile_and_its_plan_is_taken_over(server, mod
 
 @pytest.mark.parametrize(
     "body",
-    [{"plan": "../first"}, {"plan": "/first"}, {"plan": ".."}, {"plan": "nowhere"}, {}],
+    [{"plan": "../first"}, {"plan": "/first"}, {"plan": ".."}, {"plan": "nowhere"}, {}]
+    + [{"plan": "first", "decode_plan": name} for name in ("first", "../first", "nowhere")],
     ids=str,
 )
 def test_plans_are_read_from_the_admin_directory_only(server, body):

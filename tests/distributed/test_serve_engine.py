@@ -78,10 +78,10 @@ def save_tiny_model(directory, family, **changes):
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
+            if "norm" not in name:
                 parameter.normal_(0, 0.3)
+            elif family == "olmoe":  # Whose norms are cut where heads are sharded.
+                parameter.uniform_(0.5, 1.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0, 0.1)

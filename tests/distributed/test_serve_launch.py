@@ -46,16 +46,17 @@ def run_dir(tmp_path_factory):
     affinity = np.full((VOCAB, RANKS), 0.5, dtype=np.float16)
     affinity[: VOCAB // 2] = [0.9, 0.1]
     affinity[VOCAB // 2 :] = [0.1, 0.9]
-    Plan(
-        placement=Placement.from_rank_of_expert(ranks, ep_size=RANKS),
-        schedule=Schedule(
-            token_to_rank=np.zeros((LAYERS, VOCAB), dtype=np.int8),
-            confidence=np.zeros((LAYERS, VOCAB), dtype=np.uint8),
-            request_affinity=affinity,
-        ),
-        verdict={},
-        fingerprint=checkpoint_fingerprint(root / "model"),
-    ).save(root / "plan")
+    for name, rank_of_expert in (("plan", ranks), ("decode-plan", 1 - ranks)):
+        Plan(
+            placement=Placement.from_rank_of_expert(rank_of_expert, ep_size=RANKS),
+            schedule=Schedule(
+                token_to_rank=np.zeros((LAYERS, VOCAB), dtype=np.int8),
+                confidence=np.zeros((LAYERS, VOCAB), dtype=np.uint8),
+                request_affinity=affinity,
+            ),
+            verdict={},
+            fingerprint=checkpoint_fingerprint(root / "model"),
+        ).save(root / name)
     with (root / "prompts.jsonl").open("w") as stream:
         for number in range(6):
             low, high = ((3, VOCAB // 2), (VOCAB // 2, VOCAB))[number % 2]
@@ -135,6 +136,21 @@ def test_both_modes_are_served_checked_and_written(run_dir, tmp_path):
     assert all(1 <= len(row["tokens"]) <= 4 for row in rows)
 
 
+@pytest.mark.parametrize("attention", ["dp", "tp"])
+def test_a_plan_for_generated_tokens_is_served_beside_that_for_prompts(
+    run_dir, tmp_path, attention
+):
+    both = ("--decode-plan", str(run_dir / "decode-plan"))
+    if attention == "tp":
+        both = (*both, "--semantic-ep-serve-attention", "tp")
+        both = (*both, "--semantic-ep-schedule-predictor", "table")
+    assert run_ranks(_main, RANKS, arguments(run_dir, tmp_path, *both)) == [0, 0]
+    modes = json.loads((tmp_path / "serve.json").read_text())["modes"]
+    # The plans have every expert on different ranks: each holds all.
+    assert modes["semantic"]["expert_bytes_resident"][0] == modes["semantic"]["expert_bytes_total"]
+    assert np.mean(modes["semantic"]["lar"]) == 1.0
+
+
 def test_with_attention_tp_tokens_are_dealt_evenly_and_outputs_stay_the_same(run_dir, tmp_path):
     argv = arguments(run_dir, tmp_path, "--semantic-ep-serve-attention", "tp")
     assert run_ranks(_main, RANKS, argv) == [0, 0]
@@ -171,6 +187,12 @@ def _mistakes(rank, ranks, argv):
     for change, message in MISTAKES:
         with pytest.raises(SemanticEPError, match=message):
             launch.run(launch.parse_arguments([*argv, *change]))
+    at = argv.index("--plan")
+    alone = [*argv[:at], "--decode-plan", *argv[at + 1 :]]
+    with pytest.raises(
+        SemanticEPError, match=r"--decode-plan: .* needs another.*Give that as --plan"
+    ):
+        launch.run(launch.parse_arguments(alone))
 
 
 def test_a_mistake_is_refused_with_the_reason_and_nothing_is_written(run_dir, tmp_path):

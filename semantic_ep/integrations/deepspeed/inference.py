@@ -16,7 +16,7 @@ import torch
 
 from semantic_ep.apply.checkpoint import Checkpoint
 from semantic_ep.artifacts import ModelFingerprint
-from semantic_ep.errors import BackendError, explain
+from semantic_ep.errors import BackendError, PlacementError, explain
 from semantic_ep.integrations.deepspeed.attention_parallel import (
     check_heads,
     cut_heads,
@@ -27,16 +27,17 @@ from semantic_ep.integrations.expert_parallel import (
     SemanticExperts,
     StepContext,
     replace_experts,
+    set_slot_tables,
 )
 from semantic_ep.integrations.look_ahead import LookAheadPredictor
 from semantic_ep.integrations.paged_attention import ATTENTION, register_paged_attention
 from semantic_ep.integrations.sharded_loading import load_expert_shard
 from semantic_ep.integrations.token_slices import TokenSlices
+from semantic_ep.plan.phases import PhasePlacements
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.backends import VerifiedDispatcher, create_dispatcher
 from semantic_ep.runtime.exchange import Exchanged, exchange_experts
 from semantic_ep.runtime.shuffle import create_shuffle
-from semantic_ep.runtime.slots import slot_tables
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +62,8 @@ class ExpertParallelModel:
         context: What they share.
         dispatcher: Of the EP group, with its counters.
         placement: Which experts are where.
+        phases: Whose experts these are, where prompts and generated tokens have placements of
+            their own.
         node_of_rank: [G], node of each EP rank.
         fingerprint: Of the checkpoint.
         token_slices: Attention-TP's division of every step; None in attention-DP.
@@ -74,6 +77,7 @@ class ExpertParallelModel:
     node_of_rank: np.ndarray
     fingerprint: ModelFingerprint
     token_slices: TokenSlices | None = None
+    phases: PhasePlacements | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -121,6 +125,8 @@ def init_inference(
     node_of_rank: np.ndarray | None = None,
     attention: AttentionMode = "dp",
     predictor: Predictor | Literal["look-ahead"] | None = None,
+    decode_placement: Placement | None = None,
+    decode_predictor: Predictor | None = None,
 ) -> ExpertParallelModel:
     """Load this rank's experts, replace the MoE blocks' experts and start DeepSpeed-Inference.
 
@@ -139,6 +145,9 @@ def init_inference(
             all ranks bring the same step; needs `init_distributed`.
         predictor: In attention-TP, what divides a step among ranks; "look-ahead" is the model's
             own `LookAheadPredictor`, None divides in order of the tokens.
+        decode_placement: Of generated tokens, if they have one of their own, with `placement` for
+            those of prompts; ranks then hold the experts of both.
+        decode_predictor: Of generated tokens, where `predictor` is for those of prompts alone.
 
     Raises:
         PlacementError: The placement is of another model.
@@ -146,6 +155,10 @@ def init_inference(
             cannot be divided among them.
         CheckpointError: As `load_expert_shard`.
     """
+    phases = None
+    if decode_placement is not None:
+        phases = PhasePlacements.of(placement, decode_placement)
+        placement = phases.resident
     if placement.ep_size != group.size():
         raise BackendError(
             explain(
@@ -177,6 +190,7 @@ def init_inference(
         dispatcher=dispatcher,
         context=context,
         node_of_rank=node_of_rank,
+        phases=phases,
     )
     engine = _start(model, dtype=dtype, heads_over=group if sharded else None)
     token_slices = None
@@ -189,7 +203,8 @@ def init_inference(
             shuffle=create_shuffle(backend, group),
             placement=placement,
             predictor=predictor,
-            timer=context.timer,
+            decode_predictor=decode_predictor,
+            context=context,
         )
     return ExpertParallelModel(
         engine=engine,
@@ -200,6 +215,7 @@ def init_inference(
         node_of_rank=node_of_rank,
         fingerprint=checkpoint.fingerprint(),
         token_slices=token_slices,
+        phases=phases,
     )
 
 
@@ -224,29 +240,50 @@ def _start(model: nn.Module, *, dtype: torch.dtype, heads_over: ProcessGroup | N
 
 
 def move_experts(
-    model: ExpertParallelModel, placement: Placement
+    model: ExpertParallelModel, placement: Placement, decode_placement: Placement | None = None
 ) -> tuple[ExpertParallelModel, Exchanged]:
     """Bring experts to the slots of another placement; every rank of the group calls this.
 
     The model given must not be used after: the returned one shares its modules.
 
+    Args:
+        model: As it is.
+        placement: The new one; of tokens of prompts if there is another for generated ones.
+        decode_placement: Of generated tokens, for a model that has one of them now.
+
     Raises:
         PlacementError: The placement has another shape, or weights did not verify; nothing changed.
         PeerFailureError: Another rank died or did not answer in time.
     """
-    group = model.dispatcher.group
+    group, phases = model.dispatcher.group, None
+    if (decode_placement is None) != (model.phases is None):
+        raise PlacementError(
+            explain(
+                "a model changes neither to nor from placements for each phase while it runs",
+                got="one placement" if decode_placement is None else "one for each phase",
+                allowed="one placement" if model.phases is None else "one for each phase",
+                do="Start anew, or give as many plans as it was started with",
+            )
+        )
+    if decode_placement is not None:
+        phases = PhasePlacements.of(placement, decode_placement, current=model.placement)
+        placement = phases.resident
     exchanged = exchange_experts(
         [dict(experts.local.named_parameters()) for experts in model.experts],
         old=model.placement,
         new=placement,
         group=group,
     )
-    tables = slot_tables(placement, rank=group.rank(), node_of_rank=model.node_of_rank)
-    for experts, table_E in zip(model.experts, torch.from_numpy(tables), strict=True):
-        experts.slot_table_E.copy_(table_E)
+    set_slot_tables(
+        model.experts,
+        placement,
+        rank=group.rank(),
+        node_of_rank=model.node_of_rank,
+        phases=phases,
+    )
     if model.token_slices is not None:
         model.token_slices.placement = placement
-    return dataclasses.replace(model, placement=placement), exchanged
+    return dataclasses.replace(model, placement=placement, phases=phases), exchanged
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -29,7 +29,7 @@ from semantic_ep.serve.job import (
     expert_groups,
     load_engine,
     local_device,
-    read_plan,
+    read_plans,
     read_settings,
     read_topology,
 )
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     settings = read_settings(args)
     keys = read_api_keys(args.api_key_file)
     checkpoint = Checkpoint.open(args.model)
-    plan = read_plan(args, settings, checkpoint)
+    plans = read_plans(args, settings, checkpoint)
     profile = None if args.profile is None else RoutingProfile.read(args.profile)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     init_distributed(device_type=local_device(args).type, peer_timeout=args.peer_timeout)
@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
         args,
         settings,
         checkpoint,
-        plan,
+        plans,
         group_plan,
         group=group_plan.create().expert_parallel,
         max_sequences=settings.serve.max_sequences,
     )
-    scheduler = server_scheduler(engine, settings=settings, plan=plan, topology=topology)
+    scheduler = server_scheduler(engine, settings=settings, plans=plans, topology=topology)
     serve_group(
         engine,
         scheduler=scheduler,

@@ -32,6 +32,9 @@ class ReloadRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     plan: Name = Field(description="plan artefact in the server's admin directory")
+    decode_plan: Name | None = Field(
+        None, description="plan there for generated tokens, of a server that has one for these"
+    )
     profile: Name | None = Field(
         None, description="profile there that it was made from; /metrics then tells the drift"
     )
@@ -49,6 +52,7 @@ class Reloaded(BaseModel):
     """What was moved."""
 
     plan: str
+    decode_plan: str | None = None
     experts_moved: int
     bytes_moved: int
     seconds: float
@@ -95,10 +99,14 @@ def add_admin(app: FastAPI, front: Front, directory: Path) -> None:
             profile = await asyncio.to_thread(_read_profile, front, directory / body.profile)
         told = await _outcome(
             # Reads and verifies the plan before it asks the ranks.
-            await asyncio.to_thread(front.engine.reload_plan, directory / body.plan)
+            await asyncio.to_thread(
+                front.engine.reload_plan,
+                directory / body.plan,
+                None if body.decode_plan is None else directory / body.decode_plan,
+            )
         )
         front.metrics.profile = profile
-        return Reloaded(plan=body.plan, **told)
+        return Reloaded(plan=body.plan, decode_plan=body.decode_plan, **told)
 
 
 def _read_profile(front: Front, path: Path) -> RoutingProfile:

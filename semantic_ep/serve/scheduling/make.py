@@ -28,6 +28,7 @@ def make_scheduler(
     *,
     ep_size: int,
     schedule: Schedule | None = None,
+    decode_schedule: Schedule | None = None,
     top_k: int = 1,
     cost: ServingCost | None = None,
     prefix_block_size: int = 64,
@@ -40,6 +41,7 @@ def make_scheduler(
         name: One of `POLICIES`.
         ep_size: Number of EP ranks (G).
         schedule: Of the plan in use; the semantic policies look prompts up in it. None: no plan.
+        decode_schedule: Of the plan for generated tokens, if they have one of their own.
         top_k: Experts a token activates (K), for the schedule.
         cost: Predicted times; "semantic" needs them.
         prefix_block_size: Tokens that the index of prefixes tells beginnings apart by: a few blocks
@@ -50,20 +52,33 @@ def make_scheduler(
     Raises:
         ConfigError: The name is unknown, or what the policy needs is missing or does not fit.
     """
-    for what, found in (("schedule", schedule), ("cost model", cost)):
+    for what, found in (
+        ("schedule", schedule),
+        ("schedule of generated tokens", decode_schedule),
+        ("cost model", cost),
+    ):
         if found is not None and found.ep_size != ep_size:
             raise ConfigError(
                 explain(f"the {what} is for other ranks", got=found.ep_size, allowed=ep_size)
             )
-    hits = None
+    hits = decode_hits = None
     if schedule is not None and name.startswith("semantic"):
         hits = RankHits.from_schedule(schedule, top_k=top_k)
+        if decode_schedule is not None:
+            decode_hits = RankHits.from_schedule(decode_schedule, top_k=top_k)
     prefixes = None
     if prefix_tokens_per_rank:
         prefixes = PrefixIndex(
             ep_size=ep_size, block_size=prefix_block_size, tokens_per_rank=prefix_tokens_per_rank
         )
-    return Scheduler(_policy(name, cost), ep_size=ep_size, hits=hits, prefixes=prefixes, **options)
+    return Scheduler(
+        _policy(name, cost),
+        ep_size=ep_size,
+        hits=hits,
+        decode_hits=decode_hits,
+        prefixes=prefixes,
+        **options,
+    )
 
 
 def _policy(name: str, cost: ServingCost | None) -> Policy:

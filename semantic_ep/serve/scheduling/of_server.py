@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, explain
-from semantic_ep.plan.plan import Plan
 from semantic_ep.serve.engine import SemanticInferenceEngine
+from semantic_ep.serve.job import ServingPlans
 from semantic_ep.serve.scheduling.make import make_scheduler
 from semantic_ep.serve.scheduling.measured import measured_accelerator, serving_cost
 from semantic_ep.serve.scheduling.queue import Scheduler
@@ -16,7 +16,7 @@ def server_scheduler(
     engine: SemanticInferenceEngine,
     *,
     settings: SemanticEPConfig,
-    plan: Plan | None,
+    plans: ServingPlans,
     topology: Topology,
 ) -> Scheduler:
     """Make it; for rank 0, whose device is measured if the policy predicts times.
@@ -28,14 +28,14 @@ def server_scheduler(
     Args:
         engine: With the model loaded.
         settings: Of the run.
-        plan: That the experts are placed by, if there is one.
+        plans: That the experts are placed by.
         topology: Nodes and links of the ranks.
 
     Raises:
         ConfigError: The policy needs what is not there.
     """
     max_sequences = settings.serve.max_sequences
-    name = policy_of(settings, has_plan=plan is not None)
+    name = policy_of(settings, has_plan=plans.plan is not None)
     if settings.serve.attention == "tp":
         return make_scheduler(name, ep_size=1, max_sequences=max_sequences)
     cost = None
@@ -49,7 +49,8 @@ def server_scheduler(
     return make_scheduler(
         name,
         ep_size=engine.group.size(),
-        schedule=None if plan is None else plan.schedule,
+        schedule=plans.schedule,
+        decode_schedule=plans.decode_schedule,
         top_k=engine.model.fingerprint.top_k,
         cost=cost,
         prefix_tokens_per_rank=settings.serve.kv_cache_tokens if settings.serve.prefix_cache else 0,

@@ -22,12 +22,14 @@ class Candidate:
         prompt_tokens: Its length.
         new_tokens: Tokens that it is expected to generate.
         hits_G: [G], see `RankHits.of_prompt`; None without a plan.
+        new_hits_G: [G], of tokens that it will generate; the same object where one plan is for all.
         cached_G: [G], leading prompt tokens in each rank's prefix cache.
     """
 
     prompt_tokens: int
     new_tokens: float
     hits_G: np.ndarray | None
+    new_hits_G: np.ndarray | None
     cached_G: np.ndarray
 
 
@@ -172,7 +174,10 @@ class Semantic:
         per_token_G = self._seconds_per_token
         if candidate.hits_G is not None:
             copies_G = np.dot(self._copy_seconds_GG, candidate.hits_G)
-            seconds_G += candidate.new_tokens * copies_G
+            new_copies_G = copies_G
+            if candidate.new_hits_G is not candidate.hits_G:
+                new_copies_G = np.dot(self._copy_seconds_GG, candidate.new_hits_G)
+            seconds_G += candidate.new_tokens * new_copies_G
             copies_G += per_token_G
             per_token_G = copies_G
         seconds_G += (candidate.prompt_tokens - candidate.cached_G) * per_token_G

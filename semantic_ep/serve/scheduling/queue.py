@@ -24,6 +24,7 @@ class _Queued:
     request: EngineRequest
     since: float
     hits_G: np.ndarray | None
+    new_hits_G: np.ndarray | None
     prefix: Prefix
 
 
@@ -46,6 +47,7 @@ class Scheduler:
         policy: Costs of the ranks.
         ep_size: Number of EP ranks (G).
         hits: Table of the plan in use; None: policies see no experts.
+        decode_hits: Of the plan for generated tokens, if they have one of their own.
         prefixes: What ranks have cached; None: they cache nothing.
         max_sequences: Requests that a rank runs together.
         max_wait_seconds: Bound of the wait in this queue.
@@ -57,12 +59,14 @@ class Scheduler:
         *,
         ep_size: int,
         hits: RankHits | None = None,
+        decode_hits: RankHits | None = None,
         prefixes: PrefixIndex | None = None,
         max_sequences: int = 32,
         max_wait_seconds: float = 2.0,
     ) -> None:
         self._policy = policy
         self._hits = hits
+        self._decode_hits = decode_hits
         self._prefixes = prefixes
         self._max_sequences = max_sequences
         self._max_wait = max_wait_seconds
@@ -76,10 +80,12 @@ class Scheduler:
     def add(self, request: EngineRequest, *, now: float) -> None:
         """See `RequestScheduler`. The prompt is looked up here, once."""
         ids = request.prompt_token_ids
+        hits_G, new_hits_G = self._look_up(ids)
         self._queue[request.id] = _Queued(
             request=request,
             since=now,
-            hits_G=None if self._hits is None else self._hits.of_prompt(ids),
+            hits_G=hits_G,
+            new_hits_G=new_hits_G,
             prefix=_NO_PREFIX
             if self._prefixes is None
             else stretches_of(ids, self._prefixes.block_size),
@@ -105,6 +111,7 @@ class Scheduler:
                 prompt_tokens=prompt_tokens,
                 new_tokens=new_tokens,
                 hits_G=queued.hits_G,
+                new_hits_G=queued.new_hits_G,
                 cached_G=self._nothing_G
                 if self._prefixes is None
                 else self._prefixes.cached_tokens(queued.prefix),
@@ -127,17 +134,29 @@ class Scheduler:
         mean = new_tokens if self._mean_new_tokens is None else self._mean_new_tokens
         self._mean_new_tokens = mean + _NEWEST * (new_tokens - mean)
 
-    def replan(self, schedule: Schedule) -> None:
+    def replan(self, schedule: Schedule, decode_schedule: Schedule | None = None) -> None:
         """See `RequestScheduler`. A policy that sees no experts goes on without."""
         if self._hits is None:
             return
-        self._hits = RankHits.from_schedule(schedule, top_k=self._hits.top_k)
+        top_k = self._hits.top_k
+        self._hits = RankHits.from_schedule(schedule, top_k=top_k)
+        if decode_schedule is not None:
+            self._decode_hits = RankHits.from_schedule(decode_schedule, top_k=top_k)
         for queued in self._queue.values():
-            queued.hits_G = self._hits.of_prompt(queued.request.prompt_token_ids)
+            queued.hits_G, queued.new_hits_G = self._look_up(queued.request.prompt_token_ids)
 
     def __len__(self) -> int:
         """Queued requests."""
         return len(self._queue)
+
+    def _look_up(self, ids: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Hits of a prompt, and of what it will generate, which is taken to resemble it."""
+        if self._hits is None:
+            return None, None
+        hits_G = self._hits.of_prompt(ids)
+        if self._decode_hits is None:
+            return hits_G, hits_G
+        return hits_G, self._decode_hits.of_prompt(ids)
 
     def _load(self, ranks: Sequence[RankLoad]) -> GroupLoad:
         if self._kv_total_G is None:  # It never changes.

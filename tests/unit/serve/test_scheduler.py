@@ -27,3 +27,15 @@ def test_equal_tokens_a_rank_come_before_affinity():
     prompts = [[0] * 10] * 8
     ranks = by_affinity(prompts, schedule([[1.0, 0.0]]), max_new_tokens=6)
     assert np.bincount(ranks).tolist() == [4, 4]
+
+
+def test_what_is_generated_counts_by_the_schedule_of_its_own():
+    prompts, generated = schedule([[0.6, 0.4], [0.4, 0.6]]), schedule([[0.1, 0.9], [0.9, 0.1]])
+    requests = [[0, 0], [1, 1]]
+    for new_tokens, ranks in ((0, [0, 1]), (100, [1, 0])):
+        assert (
+            by_affinity(
+                requests, prompts, max_new_tokens=new_tokens, decode_schedule=generated
+            ).tolist()
+            == ranks
+        )

@@ -106,12 +106,43 @@ def test_semantic_prefers_a_cached_prefix_to_local_experts_when_it_saves_more_ti
     def best(cached):
         hits = np.array([0.9, 0.5], dtype=np.float32)
         return policy.costs(
-            Candidate(prompt_tokens=100, new_tokens=5.0, hits_G=hits, cached_G=np.array(cached)),
+            Candidate(
+                prompt_tokens=100,
+                new_tokens=5.0,
+                hits_G=hits,
+                new_hits_G=hits,
+                cached_G=np.array(cached),
+            ),
             load,
         ).argmin()
 
     assert best([0, 0]) == 0
     assert best([0, 90]) == 1
+
+
+def test_generated_tokens_go_by_the_plan_of_their_own_where_there_is_one():
+    prompts, generated = schedule([[0.9, 0.1]]), schedule([[0.1, 0.9]])
+
+    def rank_of(prompt, new_tokens):
+        queue = make_scheduler(
+            "semantic",
+            ep_size=2,
+            schedule=prompts,
+            decode_schedule=generated,
+            top_k=1,
+            cost=serving_cost(2),
+        )
+        sampling = SamplingParams(max_tokens=new_tokens)
+        queue.add(EngineRequest(id="a", prompt_token_ids=prompt, sampling=sampling), now=0)
+        (assigned,) = queue.assign([RankLoad(kv_tokens_total=10**6)] * 2, now=0)
+        queue.replan(generated, prompts)
+        queue.add(EngineRequest(id="b", prompt_token_ids=prompt, sampling=sampling), now=0)
+        (after,) = queue.assign([RankLoad(kv_tokens_total=10**6)] * 2, now=0)
+        assert after.rank == 1 - assigned.rank
+        return assigned.rank
+
+    assert rank_of([0] * 100, new_tokens=10) == 0
+    assert rank_of([0] * 10, new_tokens=100) == 1
 
 
 def test_semantic_costs_are_seconds_of_the_links_that_copies_cross():
