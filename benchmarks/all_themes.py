@@ -23,6 +23,7 @@ _QUICK_ALONE = ("serve", "slow_links")
 _FLAGS = {
     "lookahead": (["--run", "{run}"], ["--max-tokens", "32"]),
     "serve": (["--run", "{run}"], []),
+    "serve_phases": (["--run", "{run}"], ["--documents", "40", "--requests", "12"]),
     "slow_links": (["--run", "{run}"], []),
     "plan": (["--trace", _V2, "--trace", _OSS], ["--ep", "4", "--seeds", "1", "--methods", "eplb"]),
     "plan_bounds": (["--trace", _OSS], ["--ep", "4"]),
