@@ -219,7 +219,7 @@ def curl(words: Sequence[str], sandbox: Path) -> str:
     if f'"/{path}"' not in routes:
         raise RefusedError(f"the server has no route /{path}")
     for name in (part.partition("=")[0] for part in query.split("&") if part):
-        if f" {name}: " not in routes:
+        if not re.search(rf"\b{re.escape(name)}: ", routes):
             raise RefusedError(f"no route takes {name}")
     if "-d" in words and path.startswith("v1/"):
         chat = path.startswith("v1/chat")
