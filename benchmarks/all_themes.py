@@ -18,11 +18,12 @@ SUMMARY = "Every theme, each in a process of its own."
 _V2 = "{data}/traces/deepseek_v2_lite_chat.npz"
 _OSS = "{data}/traces/gpt_oss_20b.npz"
 # Themes whose own --quick serves a model of its own.
-_QUICK_ALONE = ("serve", "slow_links")
+_QUICK_ALONE = ("serve", "serve_prefix", "slow_links")
 # Theme -> flags that it needs, and flags for a quick look. A theme that is not here needs none.
 _FLAGS = {
     "lookahead": (["--run", "{run}"], ["--max-tokens", "32"]),
     "serve": (["--run", "{run}"], []),
+    "serve_prefix": (["--run", "{run}"], []),
     "serve_phases": (["--run", "{run}"], ["--documents", "40", "--requests", "12"]),
     "slow_links": (["--run", "{run}"], []),
     "plan": (["--trace", _V2, "--trace", _OSS], ["--ep", "4", "--seeds", "1", "--methods", "eplb"]),

@@ -100,6 +100,7 @@ class Served:
         tokens: New tokens.
         rank: That served it.
         end: Finish reason.
+        cached: Prompt tokens that the prefix cache had.
     """
 
     arrived: float
@@ -107,6 +108,7 @@ class Served:
     tokens: list[int] = dataclasses.field(default_factory=list)
     rank: int = -1
     end: str = ""
+    cached: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -271,7 +273,7 @@ def _serve(
             served.extend(_one_by_one(running, job))
         else:
             assert due is not None
-            served.extend(_on_time(running, job, due))
+            served.extend(on_time(running, job.prompts, job.max_new_tokens, due))
 
     engine.model.dispatcher.stats.reset()
     dist.barrier()
@@ -304,13 +306,20 @@ def _scheduler(job: Job, cost: ServingCost, plan: str, policy: str) -> RequestSc
     )
 
 
-def _on_time(engine: Engine, job: Job, due: Sequence[float]) -> list[Served]:
-    """Submit each request when it is due, and wait for all."""
+def on_time(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    due: Sequence[float],
+) -> list[Served]:
+    """Submit each request when it is due, in seconds from now, and wait for all."""
     start = time.perf_counter()
     served = []
-    for number, at in enumerate(due):
+    for number, (prompt, at) in enumerate(zip(prompts, due, strict=True)):
         time.sleep(max(start + at - time.perf_counter(), 0.0))
-        served.append(_submit(engine, job, number, arrived=at, start=start))
+        served.append(
+            _submit(engine, prompt, max_new_tokens, number=number, arrived=at, start=start)
+        )
     engine.drain().result()
     return served
 
@@ -321,19 +330,29 @@ def _one_by_one(engine: Engine, job: Job) -> list[Served]:
 
     start = time.perf_counter()
     served = []
-    for number in range(min(job.light_requests, len(job.prompts))):
+    for number, prompt in enumerate(job.prompts[: job.light_requests]):
         ended = threading.Event()
-        arrived = time.perf_counter() - start
-        served.append(_submit(engine, job, number, arrived=arrived, start=start, on_end=ended.set))
+        served.append(
+            _submit(
+                engine,
+                prompt,
+                job.max_new_tokens,
+                number=number,
+                arrived=time.perf_counter() - start,
+                start=start,
+                on_end=ended.set,
+            )
+        )
         ended.wait()
     return served
 
 
 def _submit(
     engine: Engine,
-    job: Job,
-    number: int,
+    prompt: Sequence[int],
+    max_new_tokens: int,
     *,
+    number: int,
     arrived: float,
     start: float,
     on_end: Callable[[], object] | None = None,
@@ -344,6 +363,7 @@ def _submit(
         served.times += [time.perf_counter() - start] * len(event.token_ids)
         served.tokens += event.token_ids
         served.rank = max(served.rank, event.rank)
+        served.cached = max(served.cached, event.cached_tokens)
         if event.finish_reason is not None:
             served.end = event.finish_reason
             if on_end is not None:
@@ -351,8 +371,8 @@ def _submit(
 
     request = EngineRequest(
         id=str(number),
-        prompt_token_ids=job.prompts[number],
-        sampling=SamplingParams(max_tokens=job.max_new_tokens, temperature=0),
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(max_tokens=max_new_tokens, temperature=0),
     )
     engine.submit(request, take)
     return served

@@ -103,7 +103,7 @@ def test_all_says_what_each_skipped_theme_needs(tmp_path):
     }
     without_model = f"needs --run, and launch/quickstart.sh has left no model in {run}"
     assert {theme for theme, needs in whole.items() if needs == without_model} == {
-        "lookahead", "serve", "serve_phases", "slow_links",
+        "lookahead", "serve", "serve_phases", "serve_prefix", "slow_links",
     }  # fmt: skip
     assert whole["plan"] == "needs --data"
     assert whole["apply"] == ["apply"]
