@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from semantic_ep.artifacts import ModelFingerprint, hash_arrays
-from semantic_ep.config import ObserveConfig
+from semantic_ep.config.sections import ObserveConfig
 from semantic_ep.observe.counters import CounterLimits
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.recorder import RoutingRecorder

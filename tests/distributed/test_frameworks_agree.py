@@ -42,7 +42,7 @@ def _convert(rank, ranks, directory):
 def _in_megatron(rank, directory, family):
     from megatron.core import dist_checkpointing
 
-    from semantic_ep.config import ObserveConfig
+    from semantic_ep.config.sections import ObserveConfig
     from semantic_ep.integrations.conversion.distributed_checkpoint import DistributedCheckpoint
     from semantic_ep.integrations.conversion.model import gpt_model
     from semantic_ep.integrations.megatron import ModelObservation

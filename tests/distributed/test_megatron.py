@@ -77,7 +77,8 @@ def test_a_placed_checkpoint_loads_contiguously_at_another_expert_parallel_size(
 
 def _errors(rank, world_size):
     from semantic_ep.artifacts import ModelFingerprint
-    from semantic_ep.config import ObserveConfig, SemanticEPConfig
+    from semantic_ep.config import SemanticEPConfig
+    from semantic_ep.config.sections import ObserveConfig
     from semantic_ep.errors import CheckpointError, ConfigError, PlacementError
     from semantic_ep.integrations.megatron import ModelObservation, PlacedLayers, SemanticRun
     from semantic_ep.plan.placement import Placement

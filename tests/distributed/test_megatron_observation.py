@@ -112,7 +112,7 @@ def _chosen(router, hidden_SBD):
 def _run(rank, world_size, directory, case):
     from megatron.core import parallel_state
 
-    from semantic_ep.config import ObserveConfig
+    from semantic_ep.config.sections import ObserveConfig
     from semantic_ep.integrations.megatron import ModelObservation
 
     tiny.start(

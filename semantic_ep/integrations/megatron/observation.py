@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from semantic_ep.artifacts import ModelFingerprint
-from semantic_ep.config import ObserveConfig
+from semantic_ep.config.sections import ObserveConfig
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.megatron.sequences import sequences_of_batch
 from semantic_ep.integrations.observation import (

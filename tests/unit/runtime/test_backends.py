@@ -3,7 +3,7 @@ import typing
 
 import pytest
 
-from semantic_ep.config import DispatchConfig
+from semantic_ep.config.sections import DispatchConfig
 from semantic_ep.errors import BackendError
 from semantic_ep.runtime import backends
 

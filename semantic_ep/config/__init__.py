@@ -2,8 +2,8 @@
 
 The `semantic_ep` section of a DeepSpeed JSON, the `--semantic-ep-…` arguments (Megatron, DeepSpeed
 and our launchers) and the `SEMANTIC_EP_…` environment variables are three spellings of the models
-below. Precedence: flag, then variable, then JSON, then default. "auto" means unset. All mistakes
-are reported at once, each with the place it came from.
+of `sections`. Precedence: flag, then variable, then JSON, then default. "auto" means unset. All
+mistakes are reported at once, each with the place it came from.
 """
 
 from __future__ import annotations
@@ -16,8 +16,19 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from semantic_ep.config.sections import (
+    DispatchConfig,
+    GroupsConfig,
+    ObserveConfig,
+    PlanConfig,
+    ReplanConfig,
+    ScheduleConfig,
+    Section,
+    ServeConfig,
+    TrackingConfig,
+)
 from semantic_ep.errors import ConfigError, explain, nearest
 
 SECTION = "semantic_ep"
@@ -32,144 +43,8 @@ OTHER_VARIABLES = {
     "SEMANTIC_EP_CACHE": "directory for compiled kernels (default: the user's cache directory)",
 }
 
-Auto = Literal["auto"]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ObserveConfig(_Section):
-    """What the recorder counts, and where the profile goes."""
-
-    output: str = Field(
-        "auto", description="directory of the routing profile; auto: no recording", min_length=1
-    )
-    sample_tokens: NonNegativeInt = Field(
-        0, description="tokens to keep as a raw trace; raw traces reveal text, 0 keeps none"
-    )
-    halflife_steps: Auto | PositiveInt = Field(
-        "auto", description="optimizer steps after which a count weighs half; auto: no decay"
-    )
-    min_count: PositiveInt = Field(
-        1, description="token -> expert cells seen less often than this are not stored"
-    )
-
-
-class PlanConfig(_Section):
-    """Which placement a run uses."""
-
-    artifact: str = Field(
-        "auto", description="directory of a plan; auto: contiguous placement", min_length=1
-    )
-
-
-class ReplanConfig(_Section):
-    """Whether a training run moves its experts to a new plan as routing changes."""
-
-    interval: Auto | PositiveInt = Field(
-        "auto",
-        description="optimizer steps between decisions whether a new plan pays for moving the "
-        "experts; auto: keep the plan, and report drift at checkpoints",
-    )
-    horizon_tokens: Auto | PositiveInt = Field(
-        "auto", description="trained tokens in which a move must pay; auto: those of an interval"
-    )
-
-
-class GroupsConfig(_Section):
-    """Which ranks form an expert-parallel group."""
-
-    ep_size: Auto | PositiveInt = Field(
-        "auto", description="ranks in an expert-parallel group; auto: as the plan or framework says"
-    )
-    scope: Literal["node", "global"] = Field(
-        "node",
-        description="keep a group inside one node where its size allows, or ignore nodes; "
-        "in Megatron only where set",
-    )
-
-    def check_divides(self, num_experts: int, *, layer: int) -> None:
-        """Raise `ConfigError` if `ep_size` does not divide the experts of a layer."""
-        if self.ep_size != "auto" and num_experts % self.ep_size:
-            raise ConfigError(
-                f"semantic_ep.groups.ep_size = {self.ep_size} does not divide num_experts = "
-                f"{num_experts} (layer {layer}). Valid: "
-                f"{', '.join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)}. "
-                'Set "groups.ep_size" or --semantic-ep-groups-ep-size.'
-            )
-
-
-class DispatchConfig(_Section):
-    """How activations travel between ranks."""
-
-    backend: Literal["auto", "kernels", "torch", "reference", "deepep", "kernels-emulated"] = Field(
-        "auto",
-        description="all-to-all backend; `semantic-ep doctor` says which ones work here. In "
-        "Megatron auto leaves the exchange to --moe-token-dispatcher-type",
-    )
-    overlap: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="compute a rank's own tokens while others' travel (Hugging Face models; "
-        "backends torch and kernels); auto: in calls with enough rows an expert",
-    )
-
-
-class ScheduleConfig(_Section):
-    """Which rank a token or a request runs on."""
-
-    mode: Literal["auto", "requests", "tokens", "off"] = Field(
-        "auto",
-        description="schedule whole requests, single tokens, or nothing; auto: as the engine can",
-    )
-    predictor: Literal["auto", "table", "look-ahead"] = Field(
-        "auto",
-        description="what predicts the experts of single tokens: the plan's table of token ids, or "
-        "each layer's own router before its attention has run; auto: look-ahead",
-    )
-
-
-class ServeConfig(_Section):
-    """How the serving engine divides its work, and what each rank of the server holds."""
-
-    attention: Literal["dp", "tp"] = Field(
-        "dp",
-        description="attention of a rank: that of its own requests (dp), or that of its share of "
-        "the heads for all requests (tp)",
-    )
-    policy: Literal["auto", "semantic", "semantic-window", "least-loaded", "round-robin"] = Field(
-        "auto",
-        description="which rank serves a request that arrives at the HTTP server; auto: semantic "
-        "with a plan, else least-loaded",
-    )
-    decode_plan: str = Field(
-        "auto",
-        description="directory of a plan for generated tokens, which leaves the plan to those of "
-        "prompts; ranks then hold the experts of both. auto: one plan for all",
-        min_length=1,
-    )
-    kv_cache_tokens: PositiveInt = Field(
-        65536, description="positions of each rank's KV cache in the HTTP server"
-    )
-    max_sequences: PositiveInt = Field(
-        32, description="sequences that run together on a rank of the HTTP server"
-    )
-    prefix_cache: bool = Field(
-        True,
-        description="whether the HTTP server computes a beginning that prompts share once on each "
-        "rank, and keeps it while there is room",
-    )
-
-
-class TrackingConfig(_Section):
-    """Where metrics go besides the JSONL file that is always written."""
-
-    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="Weights & Biases run; auto: online with a key, else offline"
-    )
-
-
-class SemanticEPConfig(_Section):
+class SemanticEPConfig(Section):
     """The `semantic_ep` section."""
 
     enabled: bool = Field(False, description="switch semantic expert parallelism on")
