@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.serve_results import GENERATE
 from semantic_ep.plan.placement import Placement
 from semantic_ep.serve.engine import SemanticInferenceEngine
 
@@ -119,7 +120,7 @@ def _row(
     tokens = sum(map(len, outputs[side]))
     median = statistics.median(seconds)
     return {
-        "block": "engine against generate",
+        "block": GENERATE,
         "side": side,
         "batch": len(prompts),
         "prompt_tokens": len(prompts[0]),

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from benchmarks.run import main
+from benchmarks.serve_results import good_requests, latencies, objective
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from benchmarks.bench_serve import check_generate, check_tokens, good_requests, latencies, objective
+from benchmarks.bench_serve import check_generate, check_tokens
 from benchmarks.serve_generate import same_length
 from benchmarks.serve_ranks import Measured, Run, Served
 from semantic_ep.errors import BackendError
