@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Of more than 8 blocks every other one ends a stretch, of more than 16 every fourth, and so on: a
-# long prompt then has few stretches, those of several blocks at most a quarter of what is before.
-_FINE_BLOCKS = 8
+# Of more than 4 blocks every other one ends a stretch, of more than 8 every fourth, and so on: a
+# long prompt then has few stretches, those of several blocks at most half of what is before.
+_FINE_BLOCKS = 4
 _ROUND_BLOCKS = tuple(
     number << shift
     for shift in range(20)
