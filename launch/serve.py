@@ -24,7 +24,6 @@ import dataclasses
 import json
 import logging
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from semantic_ep.serve.job import (
     expert_groups,
     load_engine,
     local_device,
+    peak_rss_bytes,
     read_plans,
     read_settings,
 )
@@ -178,16 +178,6 @@ def check_against_one_process(
     if different and dist.get_rank() == 0:
         print(f"requests that differ from one process: {different}", file=sys.stderr)
     return (not different if count else None), count
-
-
-def peak_rss_bytes() -> list[int]:
-    """Largest resident memory of every rank so far."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    # Linux counts in KiB.
-    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with peer_guard("gathering of memory sizes", dist.group.WORLD):
-        dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import resource
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -16,6 +18,7 @@ from semantic_ep.integrations.deepspeed import read_config
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
 from semantic_ep.plan.schedule import Schedule
+from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.runtime.groups import GroupPlan
 from semantic_ep.serve.attention import attention_options
 from semantic_ep.serve.engine import SemanticInferenceEngine
@@ -152,6 +155,16 @@ def local_device(args: argparse.Namespace) -> torch.device:
     if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0))))
+
+
+def peak_rss_bytes() -> list[int]:
+    """Largest resident memory of every rank's process so far; all ranks call this together."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    # Linux counts in KiB.
+    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with peer_guard("gathering of memory sizes", dist.group.WORLD):
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def load_engine(

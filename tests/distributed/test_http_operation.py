@@ -1,6 +1,7 @@
 """Operating a server: what it measures, recording and another plan, fuzz, and many requests."""
 
 import os
+import re
 
 import pytest
 
@@ -103,6 +104,15 @@ def test_metrics_tell_what_was_served_and_what_crossed_links(server):
     computed = [told["rank_computed_activations_total", str(rank)] for rank in range(2)]
     assert sum(computed) == 2 * LAYERS * passed
     assert ("routing_drift",) not in told
+
+
+def test_what_each_rank_holds_and_took_to_load_is_told(server):
+    said = re.search(
+        r"experts of ([\d.]+) of ([\d.]+) MB.*peak memory of the ranks (.*) MB", server.said()
+    )
+    held, total, peak = said.groups()
+    assert float(total) == pytest.approx(2 * float(held), abs=0.1)
+    assert all(float(megabytes) > 50 for megabytes in peak.split(" / "))
 
 
 def test_served_routing_becomes_a_profile_and_its_plan_is_taken_over(server, model, admin_dir):

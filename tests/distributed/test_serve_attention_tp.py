@@ -111,8 +111,10 @@ def _serve(rank, ranks, directories, cases):
                 check_counters(engine, prompts, want, together=together)
 
 
-def test_greedy_tokens_equal_one_process_for_each_family(models):
-    run_ranks(_serve, 2, models, [("random", "look-ahead")])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_greedy_tokens_equal_one_process_for_each_family(models, family):
+    cases = [("random", "look-ahead"), ("replicated", None)]
+    run_ranks(_serve, 2, {family: models[family]}, cases)
 
 
 def test_greedy_tokens_do_not_depend_on_placement_or_schedule(models):

@@ -29,12 +29,16 @@ from semantic_ep.serve.job import (
     expert_groups,
     load_engine,
     local_device,
+    peak_rss_bytes,
     read_plans,
     read_settings,
     read_topology,
 )
 from semantic_ep.serve.scheduling.of_server import server_scheduler
 from semantic_ep.serve.start import serve_group
+from semantic_ep.serve.summary import in_megabytes
+
+logger = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,6 +67,14 @@ def run(args: argparse.Namespace) -> None:
         group=group_plan.create().expert_parallel,
         max_sequences=settings.serve.max_sequences,
     )
+    peak = peak_rss_bytes()
+    if dist.get_rank() == 0:
+        logger.warning(
+            "loaded: experts of %s of %s MB on each rank; peak memory of the ranks %s MB",
+            in_megabytes([engine.expert_bytes_resident]),
+            in_megabytes([engine.expert_bytes_total]),
+            in_megabytes(peak),
+        )
     scheduler = server_scheduler(engine, settings=settings, plans=plans, topology=topology)
     serve_group(
         engine,
