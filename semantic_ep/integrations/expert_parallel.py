@@ -128,13 +128,8 @@ class SemanticExperts(nn.Module):
         slot_TK = self._slots(index_TK)
         with self.context.timer.phase("experts"):
             out_TD = self.local(hidden_TD, slot_TK, weights_TK)
-        slots = self.dispatcher.slots_per_rank
         self.dispatcher.stats.record_alone(
-            self.layer,
-            tokens=len(hidden_TD),
-            activations=slot_TK.numel(),
-            row_bytes=hidden_TD.shape[1] * hidden_TD.element_size(),
-            tokens_per_slot=torch.bincount(slot_TK.flatten(), minlength=slots),
+            self.layer, slot_TK, row_bytes=hidden_TD.shape[1] * hidden_TD.element_size()
         )
         return out_TD
 

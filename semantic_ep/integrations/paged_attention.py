@@ -240,6 +240,7 @@ class PagedKVCache:
         self.block_size = block_size
         self.batch: PackedBatch | None = None
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
+        self._nothing: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -251,15 +252,18 @@ class PagedKVCache:
             self._pools[layer_idx] = tuple(
                 new.new_zeros(new.shape[1], size, new.shape[3]) for new in (key, value)
             )
+            self._nothing[layer_idx] = tuple(
+                pool_JSD[None, :, :0] for pool_JSD in self._pools[layer_idx]
+            )
         pools = self._pools[layer_idx]
         self.batch.pools[layer_idx] = pools
         for pool_JSD, new in zip(pools, (key, value)):
             pool_JSD.index_copy_(1, self.batch.slot_T, new[0])
+        if not len(self.batch.block_N):  # All sequences are read where they lie.
+            return self._nothing[layer_idx]
         return tuple(self._gather(pool_JSD) for pool_JSD in pools)
 
     def _gather(self, pool_JSD: Tensor) -> Tensor:
-        if not len(self.batch.block_N):
-            return pool_JSD[None, :, :0]
         heads, _, size = pool_JSD.shape
         blocks = pool_JSD.view(heads, self.num_blocks, self.block_size * size)
         gathered = blocks.index_select(1, self.batch.block_N)

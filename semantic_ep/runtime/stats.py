@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Routes of a group of one rank are counted by slot when this many are waiting: one by one, small
+# passes would spend more time on counting than on what else surrounds their experts.
+_ROUTES_TOGETHER = 2048
+
+
 class DispatchStats:
     """What one rank sent and computed, by layer, since the last `reset`.
 
@@ -54,10 +59,14 @@ class DispatchStats:
             shape = self._shape[:1] if name == "tokens" else self._shape
             setattr(self, name, np.zeros(shape, dtype=np.int64))
         self._slot_activations: list[Tensor | None] = [None] * self._shape[0]
+        self._uncounted: list[list[Tensor]] = [[] for _ in range(self._shape[0])]
+        self._num_uncounted = [0] * self._shape[0]
 
     @property
     def slot_activations(self) -> np.ndarray:
         """[L, S] int64, rows that each local slot computed. Waits for the device."""
+        for layer in range(self._shape[0]):
+            self._count_waiting(layer)
         empty = np.zeros(self._slots_per_rank, dtype=np.int64)
         rows = (empty if t is None else t.cpu().numpy() for t in self._slot_activations)
         return np.stack(list(rows))
@@ -102,16 +111,12 @@ class DispatchStats:
         self.bytes_metadata[layer] += metadata_bytes
         self.record_slots(layer, tokens_per_slot)
 
-    def record_alone(
-        self,
-        layer: int,
-        *,
-        tokens: int,
-        activations: int,
-        row_bytes: int,
-        tokens_per_slot: Tensor,
-    ) -> None:
-        """Add one pass of a group of one rank, which sends every row to itself and back."""
+    def record_alone(self, layer: int, slot_TK: Tensor, *, row_bytes: int) -> None:
+        """Add one pass of a group of one rank, which sends every row to itself and back.
+
+        The slots must keep their values.
+        """
+        tokens, activations = len(slot_TK), slot_TK.numel()
         # Elements, not rows: numpy takes longer for a list than a small layer does.
         self.tokens[layer] += tokens
         self.activations[layer, 0] += activations
@@ -119,7 +124,20 @@ class DispatchStats:
         self.rows_combine[layer, 0] += tokens
         self.bytes_dispatch[layer, 0] += tokens * row_bytes
         self.bytes_combine[layer, 0] += tokens * row_bytes
-        self.record_slots(layer, tokens_per_slot)
+        self._uncounted[layer].append(slot_TK)
+        self._num_uncounted[layer] += activations
+        if self._num_uncounted[layer] >= _ROUTES_TOGETHER:
+            self._count_waiting(layer)
+
+    def _count_waiting(self, layer: int) -> None:
+        import torch
+
+        if not self._uncounted[layer]:
+            return
+        with torch.inference_mode():  # As where these are from: their sums are changed in place.
+            slots = torch.cat([slot_TK.flatten() for slot_TK in self._uncounted[layer]])
+            self._uncounted[layer], self._num_uncounted[layer] = [], 0
+            self.record_slots(layer, torch.bincount(slots, minlength=self._slots_per_rank))
 
     def record_slots(self, layer: int, tokens_per_slot: Tensor) -> None:
         """Add rows of local slots; `record_dispatch` does, but for rows that come later."""
