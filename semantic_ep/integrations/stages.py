@@ -2,7 +2,8 @@
 
 All stages run the same micro-batches in the same order, but only the first has the token ids, and
 pairs of experts in successive layers may lie on two stages. Both travel once a step, on the host: a
-few bytes a token, next to the activations that stages exchange anyway.
+few bytes a token, next to the activations that stages exchange anyway. Sampled sequences are put
+together when they are asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import distributed as dist
 
 from semantic_ep.errors import BackendError, explain
 from semantic_ep.observe.micro_batch import MicroBatch
+from semantic_ep.observe.reduction import receive_part, send_part
+from semantic_ep.observe.samples import Part, join_layers, no_samples
 
 
 class StageExchange:
@@ -44,6 +47,21 @@ class StageExchange:
         if lengths:
             self._pass_routes_on(batches, lengths)
         return batches
+
+    def join_samples(self, own: Part, *, num_layers: int) -> Part:
+        """Sampled sequences with the routes of all stages, on the first stage; none on the others.
+
+        Args:
+            own: With the routes of this stage's layers. All stages sample by the same keys.
+            num_layers: MoE layers of the model (L).
+        """
+        if self._group.rank():
+            send_part(own, self._global(0), self._group)
+            return no_samples(num_layers, self._top_k)
+        stages = range(self._group.size())
+        parts = [own, *(receive_part(self._global(each), self._group) for each in stages[1:])]
+        layers = [sorted(n for n, owner in self.owner.items() if owner == each) for each in stages]
+        return join_layers(parts, layers, num_layers)
 
     def weights(self, own: dict[int, Tensor]) -> list[Tensor]:
         """The tensors of all stages in layer order, on the host; `own` are this stage's."""

@@ -116,6 +116,7 @@ class RoutingCounters:
             layer: TokenExpertTable(vocab_size * num_experts, self.limits.table_bytes)
             for layer in (range(num_layers) if layers is None else sorted(layers))
         }
+        self._own = tuple(self._tables)
         self._pairs = np.triu_indices(top_k, k=1)
         self._counts_tokens = counts_tokens
         self._seed, self._micro_batches = seed, 0
@@ -124,8 +125,8 @@ class RoutingCounters:
         self._sequences = SequenceLoads(
             self._capacity, num_layers=num_layers, num_experts=num_experts
         )
-        self._samples = no_samples(num_layers, top_k)
-        self._window, self._window_tokens = no_samples(num_layers, top_k), 0
+        self._samples = no_samples(len(self._own), top_k)
+        self._window, self._window_tokens = no_samples(len(self._own), top_k), 0
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +175,7 @@ class RoutingCounters:
 
     def start_window(self, max_tokens: int) -> None:
         """Sample whole sequences anew, beside all else, from now on."""
-        self._window, self._window_tokens = no_samples(self._layers, self._top_k), max_tokens
+        self._window, self._window_tokens = no_samples(len(self._own), self._top_k), max_tokens
 
     def restore(self, profile: RoutingProfile) -> None:
         """Go on from a profile, as one that was saved before an interruption.
@@ -223,7 +224,7 @@ class RoutingCounters:
         """A copy of one part, in units of tokens as of now.
 
         Besides the parts of a profile there are "samples", sequences of the whole run, and
-        "window", those since `start_window`.
+        "window", those since `start_window`; both hold routes of the layers counted here, in order.
         """
         if name == "totals":
             return {key: array / self._weight for key, array in self._totals.items()}
@@ -326,17 +327,18 @@ class RoutingCounters:
                 counts = np.bincount(codes, minlength=len(keys) * (self._experts + 1))
                 loads[:, layer] = counts.reshape(len(keys), -1)[:, :-1]
             self._sequences.add(names[wanted], keys[wanted], loads[wanted])
-        complete = len(experts) == self._layers and all(
-            e.max(initial=0) < self._experts for e in experts.values()
-        )
-        self._window["seen"] += len(routed.token_id)
+        own = [experts[layer] for layer in self._own if layer in experts]
+        complete = len(own) == len(self._own) and all(e.max(initial=0) < self._experts for e in own)
+        if self._counts_tokens:
+            self._window["seen"] += len(routed.token_id)
         if complete and (self.limits.sample_tokens or self._window_tokens):
-            dtype = self._samples["experts"].dtype
-            routes = np.stack([experts[layer] for layer in range(self._layers)], axis=1)
+            routes = np.zeros((len(routed.token_id), len(own), self._top_k), np.uint16)
+            for place, e in enumerate(own):
+                routes[:, place] = e
             arrived: Part = {
                 "key": keys,
                 "length": lengths,
-                "experts": routes.astype(dtype),
+                "experts": routes,
                 "token_id": routed.token_id.astype(np.int32),
                 "seen": np.zeros(1),
             }

@@ -76,6 +76,7 @@ class RoutingRecorder:
         layers: Collection[int] | None = None,
         counts_tokens: bool = True,
         complete: Callable[[list[MicroBatch]], list[MicroBatch]] | None = None,
+        join: Callable[[Part], Part] | None = None,
         graph_safe: bool = False,
     ) -> None:
         """Start with empty counters.
@@ -92,6 +93,8 @@ class RoutingRecorder:
             counts_tokens: See `RoutingCounters`.
             complete: Called at each step with its micro-batches, all on the host; returns those
                 to count. For what this process must ask of others.
+            join: Called with the sequences sampled here, where `layers` are not all; returns those
+                that this process answers for, with the routes of all layers.
             graph_safe: Routers run inside CUDA graphs: `record` issues device operations only,
                 whatever pass it is called in, and what they wrote is read when a micro-batch ends.
         """
@@ -106,7 +109,7 @@ class RoutingRecorder:
             layers=layers,
             counts_tokens=counts_tokens,
         )
-        self._complete = complete
+        self._complete, self._join = complete, join
         self._static = StaticRoutes() if graph_safe else None
         self._open: MicroBatch | None = None
         self._buffer: list[MicroBatch] = []
@@ -248,7 +251,10 @@ class RoutingRecorder:
         self.flush()
         parts: dict[str, Part] = {}
         for name in names:
-            part = reduce_to_first(name, self.counters, group)
+            own = self.counters.part(name)
+            if self._join is not None and name in ("samples", "window"):
+                own = self._join(own)
+            part = reduce_to_first(name, own, self.counters, group)
             if part is not None:
                 parts[name] = part
         return parts or None

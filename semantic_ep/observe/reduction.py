@@ -13,26 +13,26 @@ from semantic_ep.observe.samples import Part
 
 
 def reduce_to_first(
-    name: str, counters: RoutingCounters, group: dist.ProcessGroup | None
+    name: str, part: Part, counters: RoutingCounters, group: dist.ProcessGroup | None
 ) -> Part | None:
     """Combine a part over a binary tree of ranks; the sum ends on the first rank."""
-    part = counters.part(name)
     if group is None:
         return part
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     distance = 1
     while distance < size:
         if rank % (2 * distance):
-            _send_part(part, dist.get_global_rank(group, rank - distance), group)
+            send_part(part, dist.get_global_rank(group, rank - distance), group)
             return None
         if rank + distance < size:
             source = dist.get_global_rank(group, rank + distance)
-            part = counters.combine(name, part, _receive_part(source, group))
+            part = counters.combine(name, part, receive_part(source, group))
         distance *= 2
     return part
 
 
-def _send_part(part: Part, destination: int, group: dist.ProcessGroup) -> None:
+def send_part(part: Part, destination: int, group: dist.ProcessGroup) -> None:
+    """Send a part to a rank of the job that calls `receive_part`; on the host."""
     header = [{key: (array.shape, array.dtype.str) for key, array in part.items()}]
     dist.send_object_list(header, dst=destination, group=group)
     for array in part.values():
@@ -41,7 +41,8 @@ def _send_part(part: Part, destination: int, group: dist.ProcessGroup) -> None:
             dist.send(data, dst=destination, group=group)
 
 
-def _receive_part(source: int, group: dist.ProcessGroup) -> Part:
+def receive_part(source: int, group: dist.ProcessGroup) -> Part:
+    """A part from a rank of the job that calls `send_part`."""
     header: list[Any] = [None]
     dist.recv_object_list(header, src=source, group=group)
     part: Part = {}

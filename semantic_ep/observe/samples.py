@@ -6,6 +6,8 @@ processes, or of several micro-batches, merge into one of the same kind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from semantic_ep.artifacts import ModelFingerprint
@@ -31,10 +33,7 @@ def merge_samples(one: Part, other: Part, max_tokens: int) -> Part:
     length = np.concatenate([one["length"], other["length"]])
     order = np.argsort(key, kind="stable")
     order = order[np.cumsum(length[order]) <= max_tokens]
-    start = np.cumsum(length) - length
-    tokens = np.concatenate(
-        [np.arange(start[i], start[i] + length[i]) for i in order] or [np.zeros(0, np.int64)]
-    ).astype(np.int64)
+    tokens = _tokens_of((np.cumsum(length) - length)[order], length[order])
     return {
         "key": key[order],
         "length": length[order],
@@ -42,6 +41,44 @@ def merge_samples(one: Part, other: Part, max_tokens: int) -> Part:
         "token_id": np.concatenate([one["token_id"], other["token_id"]])[tokens],
         "seen": one["seen"] + other["seen"],
     }
+
+
+def join_layers(parts: Sequence[Part], layers: Sequence[Sequence[int]], num_layers: int) -> Part:
+    """Whole samples from what several processes hold of the same sequences.
+
+    Args:
+        parts: Of processes that saw the same tokens in other layers, each with the sequences of
+            smallest keys; those that one of them lacks are left out.
+        layers: Layers that each holds the routes of, in their order.
+        num_layers: All of them (L).
+    """
+    common, positions = parts[0]["key"], []
+    for part in parts[1:]:
+        common = common[np.isin(common, part["key"])]
+    for part in parts:
+        row = np.flatnonzero(np.isin(part["key"], common))
+        start = np.cumsum(part["length"]) - part["length"]
+        positions.append(_tokens_of(start[row], part["length"][row]))
+    first, kept = parts[0], np.isin(parts[0]["key"], common)
+    experts = np.zeros(
+        (len(positions[0]), num_layers, first["experts"].shape[2]), first["experts"].dtype
+    )
+    for part, held, tokens in zip(parts, layers, positions, strict=True):
+        experts[:, list(held)] = part["experts"][tokens]
+    return {
+        "key": first["key"][kept],
+        "length": first["length"][kept],
+        "experts": experts,
+        "token_id": first["token_id"][positions[0]],
+        "seen": sum((part["seen"] for part in parts), np.zeros(1)),
+    }
+
+
+def _tokens_of(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """[N] int64 indices of the tokens of sequences that lie somewhere in an array."""
+    before = np.cumsum(length) - length
+    tokens: np.ndarray = np.arange(int(length.sum())) + np.repeat(start - before, length)
+    return tokens
 
 
 def trace_of(samples: Part, fingerprint: ModelFingerprint) -> RoutingTrace:

@@ -109,8 +109,8 @@ def _errors(rank, world_size):
         architecture="gpt", layer_ids=(0, 1), num_experts=tiny.EXPERTS, top_k=tiny.TOP_K
     )
 
-    def observe(model, **settings):
-        observed = ObserveConfig(output="x", **settings)
+    def observe(model):
+        observed = ObserveConfig(output="x")
         return ModelObservation(model, observed, fingerprint=fingerprint, vocab_size=tiny.VOCAB)
 
     graphed = tiny.model(tiny.config(), ROWS)
@@ -119,9 +119,9 @@ def _errors(rank, world_size):
     interleaved = tiny.model(tiny.config(), ROWS)
     interleaved.config.virtual_pipeline_model_parallel_size = 2
     expect(ConfigError, lambda: observe(interleaved))
-    staged = tiny.model(tiny.config(), ROWS)
-    staged.config.pipeline_model_parallel_size = 2
-    expect(ConfigError, lambda: observe(staged, sample_tokens=100))
+    hybrid = tiny.model(tiny.config(), ROWS)
+    hybrid.config.hybrid_context_parallel = True
+    expect(ConfigError, lambda: observe(hybrid))
     observe(placed)
     without_ids = {**tiny.batch(0, rank), "input_ids": None}
     expect(ConfigError, lambda: placed(**without_ids))
@@ -140,7 +140,7 @@ def test_what_cannot_work_is_refused_with_the_reason():
             "contradicts --expert-model-parallel-size",
             "--cuda-graph-scope full_iteration",
             "--num-layers-per-virtual-pipeline-stage",
-            "--semantic-ep-observe-sample-tokens",
+            "--hybrid-context-parallel",
             "without token ids",
         ],
         strict=True,

@@ -10,6 +10,7 @@ a micro-batch are put together at the end of the step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -65,8 +66,8 @@ class ModelObservation(RoutingObservation):
         Raises:
             ConfigError: The model has no MoE layer, or runs in a way that hooks cannot follow.
         """
-        parts = [_bare(part) for part in ([model] if isinstance(model, nn.Module) else model)]
-        _check_hookable(parts, config)
+        parts = [bare_model(part) for part in ([model] if isinstance(model, nn.Module) else model)]
+        _check_hookable(parts)
         self._routers = _routers_by_layer(parts, fingerprint)
         self._layers = [_layers_in(part, self._routers) for part in parts]
         groups, settings = parts[0].pg_collection, parts[0].config
@@ -87,6 +88,9 @@ class ModelObservation(RoutingObservation):
                 "layers": layers,
                 "counts_tokens": self._is_first_stage,
                 "complete": self._complete,
+                "join": functools.partial(
+                    self._stages.join_samples, num_layers=fingerprint.num_layers
+                ),
             }
         super().__init__(
             config,
@@ -182,7 +186,8 @@ class ModelObservation(RoutingObservation):
         return hook
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model itself, without what it is wrapped in."""
     while hasattr(model, "module"):
         model = model.module
     return model
@@ -245,7 +250,7 @@ def _graphs_whole_iteration(config: Any) -> bool:
     return any(getattr(each, "name", each) == "full_iteration" for each in chosen)
 
 
-def _check_hookable(parts: Sequence[nn.Module], observe: ObserveConfig) -> None:
+def _check_hookable(parts: Sequence[nn.Module]) -> None:
     """Refuse to observe where Python hooks would not see every token exactly once."""
     config = parts[0].config
     obstacles = {
@@ -254,6 +259,8 @@ def _check_hookable(parts: Sequence[nn.Module], observe: ObserveConfig) -> None:
             config, "overlap_moe_expert_parallel_comm", False
         ),
         "--mtp-num-layers": getattr(config, "mtp_num_layers", None),
+        # Ranks then hold other shares of each row than sequences are told apart by.
+        "--hybrid-context-parallel": getattr(config, "hybrid_context_parallel", False),
     }
     for flag, present in obstacles.items():
         if present:
@@ -272,14 +279,5 @@ def _check_hookable(parts: Sequence[nn.Module], observe: ObserveConfig) -> None:
                 where="--num-layers-per-virtual-pipeline-stage",
                 got=f"{len(parts)} of the {wanted} parts of the model on this rank",
                 do="Pass the list of all model chunks to observe()",
-            )
-        )
-    if observe.sample_tokens and config.pipeline_model_parallel_size > 1:
-        raise ConfigError(
-            explain(
-                "no pipeline stage sees a token's routes in all layers, which a trace holds",
-                where="semantic_ep.observe.sample_tokens, --semantic-ep-observe-sample-tokens",
-                got=observe.sample_tokens,
-                allowed="0 with --pipeline-model-parallel-size above 1",
             )
         )
