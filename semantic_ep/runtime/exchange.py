@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 SlotTensors = Sequence[Mapping[str, Tensor | Sequence[Tensor]]]
-"""For each of the L layers, by name, a tensor of S rows, or the S rows: one a slot of this rank."""
+"""For each layer here, by name, a tensor of S rows, or the S rows: one a slot of this rank."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,11 @@ class Move:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exchanged:
-    """What an exchange did, over all ranks.
+    """What an exchange did, in all layers.
 
     Attributes:
-        experts_moved: Slots that got another expert.
-        bytes_moved: Contents that went to another rank.
+        experts_moved: Slots of an EP group that got another expert.
+        bytes_moved: Contents that went to another rank of it.
         sha256: Of the checksums of all logical experts, the same before and after.
     """
 
@@ -108,6 +108,7 @@ def exchange_experts(
     new: Placement,
     group: ProcessGroup,
     together: ProcessGroup | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Exchanged:
     """Bring the experts of `new` into the slots, in place; every rank of the group calls this.
 
@@ -117,7 +118,9 @@ def exchange_experts(
         new: Where they shall be.
         group: The EP group, of a backend that moves the tensors' device.
         together: Ranks that change together or not at all, where that is more than one EP group,
-            as when several train the same experts; all of them call this.
+            as when several train the same experts or have other layers; all of them call this.
+        layers: Layers that `tensors` are of, where this group has not all; None for all. The
+            groups of `together` have all between them.
 
     Raises:
         PlacementError: Shapes differ, or copies or moved weights do not agree with their
@@ -127,15 +130,23 @@ def exchange_experts(
     moves = expert_moves(old, new)
     rank = group.rank()
     together = group if together is None else together
-    own = _checksums(tensors, old, rank)
+    here = range(old.num_layers) if layers is None else layers
+    own = _checksums(tensors, old, rank, here)
     before = _reduced(own, dist.ReduceOp.MAX, group)
     copies = own != _ABSENT
     _agree(bool((own[copies] == before[copies]).all()), together, "before the exchange")
+    width = torch.zeros(old.num_layers, 1, dtype=torch.int64)
+    for layer, layer_tensors in zip(here, tensors, strict=True):
+        width[layer] = _row_bytes(layer_tensors)
+    # Of the layers here; others know the rest.
+    known = torch.cat([before, width], dim=1)
+    if layers is not None:
+        known = _reduced(known, dist.ReduceOp.MAX, together)
     staged = [
         _receive_layer(layer_tensors, [m for m in moves if m.layer == layer], group)
-        for layer, layer_tensors in enumerate(tensors)
+        for layer, layer_tensors in zip(here, tensors, strict=True)
     ]
-    arrived = _checksums(tensors, new, rank, staged)
+    arrived = _checksums(tensors, new, rank, here, staged)
     held = arrived != _ABSENT
     _agree(bool((arrived[held] == before[held]).all()), together, "after the exchange")
     for layer_tensors, rows_of_slot in zip(tensors, staged, strict=True):
@@ -145,8 +156,8 @@ def exchange_experts(
     away = [m for m in moves if m.source_rank != m.target_rank]
     return Exchanged(
         experts_moved=len(moves),
-        bytes_moved=sum(_row_bytes(tensors[m.layer]) for m in away),
-        sha256=hashlib.sha256(before.numpy().tobytes()).hexdigest(),
+        bytes_moved=sum(int(known[m.layer, -1]) for m in away),
+        sha256=hashlib.sha256(known[:, :-1].contiguous().numpy().tobytes()).hexdigest(),
     )
 
 
@@ -202,14 +213,15 @@ def _checksums(
     tensors: SlotTensors,
     placement: Placement,
     rank: int,
+    layers: Sequence[int],
     staged: Sequence[Mapping[int, Mapping[str, Tensor]]] | None = None,
 ) -> Tensor:
     """[L, E] int64 on the host, of the experts in this rank's slots; `_ABSENT` for the others."""
     sums = torch.full((placement.num_layers, placement.num_experts), _ABSENT)
-    for layer, layer_tensors in enumerate(tensors):
+    for number, (layer, layer_tensors) in enumerate(zip(layers, tensors, strict=True)):
         for slot, expert in enumerate(placement.experts_of_rank(layer, rank).tolist()):
             if expert >= 0:
-                rows = staged[layer].get(slot) if staged else None
+                rows = staged[number].get(slot) if staged else None
                 if rows is None:
                     rows = {name: t[slot].detach() for name, t in layer_tensors.items()}
                 sums[layer, expert] = _checksum(rows)

@@ -96,13 +96,23 @@ def model(transformer_config, rows=None, *, groups=None, part=None, exchange=Non
     Megatron's own dispatcher.
     """
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+    )
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     spec = get_gpt_layer_local_spec(
         num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm"
     )
+    if transformer_config.moe_layer_freq != 1:
+        spec = get_gpt_decoder_block_spec(
+            transformer_config,
+            use_transformer_engine=False,
+            normalization="RMSNorm",
+            vp_stage=part,
+        )
     if transformer_config.sequence_parallel:
         # Megatron's norm without Transformer Engine or Apex refuses sequence parallelism.
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
@@ -113,6 +123,7 @@ def model(transformer_config, rows=None, *, groups=None, part=None, exchange=Non
         spec.submodules.self_attention.submodules.core_attention = _ContextParallelAttention
     if rows is not None:
         from semantic_ep.integrations.megatron.layer import PlacedLayers
+        from semantic_ep.integrations.megatron.run import moe_layer_ids
         from semantic_ep.integrations.megatron.specs import place_experts
         from semantic_ep.plan.placement import Placement
 
@@ -123,7 +134,7 @@ def model(transformer_config, rows=None, *, groups=None, part=None, exchange=Non
         )
         spec = place_experts(
             spec,
-            PlacedLayers(placement=placement, layer_ids=tuple(range(len(rows)))),
+            PlacedLayers(placement=placement, layer_ids=moe_layer_ids(transformer_config)),
             pg_collection=groups and groups.collection,
             exchange=exchange,
         )

@@ -89,6 +89,25 @@ def test_every_tensor_of_an_expert_arrives_unchanged():
     run_ranks(_exchange, 4)
 
 
+def _layers_apart(rank, ranks):
+    """Two groups of two ranks with a layer each, and then with all layers each."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    old, new = drawn(1, 2, 5), drawn(2, 2, 5)
+    here = rank // 2
+    tensors, expected = [contents(p, rank % 2)[here : here + 1] for p in (old, new)]
+    apart = exchange_experts(
+        tensors, old=old, new=new, group=pairs[here], together=dist.group.WORLD, layers=[here]
+    )
+    assert all(torch.equal(tensors[0][name], want) for name, want in expected[0].items())
+    return apart, exchange_experts(contents(old, rank % 2), old=old, new=new, group=pairs[here])
+
+
+def test_groups_with_other_layers_report_what_one_with_all_of_them_would():
+    results = run_ranks(_layers_apart, 4)
+    assert all(apart == whole == results[0][0] for apart, whole in results)
+    assert results[0][0].bytes_moved > 0
+
+
 def _damaged(rank, ranks):
     slots = EXPERTS // ranks + 1
     old, new = drawn(1, ranks, slots), drawn(2, ranks, slots)

@@ -1,10 +1,15 @@
-"""Move the experts of a running Megatron model, with their optimizer state, between ranks."""
+"""Move the experts of a running Megatron model, with their optimizer state, between ranks.
+
+Experts stay in their layer, so that with pipeline stages each exchanges those of its own layers
+within its expert-parallel groups. Whether they move is one decision over all layers, and all ranks
+of all stages change together or not at all.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
@@ -16,7 +21,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import distributed as dist
 from torch import nn
 
-from semantic_ep.errors import ConfigError, explain
+from semantic_ep.errors import ConfigError, PlacementError, explain
 from semantic_ep.integrations.expert_state import (
     ExpertState,
     Piece,
@@ -25,74 +30,99 @@ from semantic_ep.integrations.expert_state import (
     whole_states,
 )
 from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
+from semantic_ep.integrations.megatron.observation import bare_model
 from semantic_ep.plan.placement import Placement
 from semantic_ep.runtime.exchange import Exchanged, exchange_experts
 from semantic_ep.runtime.groups import topology_of_job
 
 WHERE = "semantic_ep.replan.interval, --semantic-ep-replan-interval"
 _NUMBERED = re.compile(r"(.*?)(\d+)")
+_Prepared = TypeVar("_Prepared")
 
 
 class ModelPlacement:
     """The placed experts of a model and its optimizer; a `PlacedModel`."""
 
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        """Check that the experts can move; collective.
+    def __init__(self, model: nn.Module | Sequence[nn.Module], optimizer: Any) -> None:
+        """Check that the experts can move; collective over all ranks.
 
         Args:
-            model: Built from a spec that `place_experts` made, bare or wrapped.
+            model: Built from a spec that `place_experts` made, bare or wrapped; all parts of it
+                that this rank runs with interleaved stages.
             optimizer: Of `get_megatron_optimizer`.
 
         Raises:
             ConfigError: They cannot.
         """
-        self._layers = [m for m in model.modules() if isinstance(m, SemanticMoELayer)]
+        parts = [model] if isinstance(model, nn.Module) else list(model)
+        # None on a pipeline stage of dense layers.
+        self._layers = [
+            module
+            for part in parts
+            for module in part.modules()
+            if isinstance(module, SemanticMoELayer)
+        ]
         self._optimizers = _unchained(optimizer)
-        _check(model, self._layers, self._optimizers)
-        config = self._layers[0].config
-        self.row_bytes = config.hidden_size * config.params_dtype.itemsize
-        ranks: list[Any] = [dist.get_process_group_ranks(self._layers[0].ep_group)]
+        placed = self._layers[0].placed if self._layers else None
+        self._placed: PlacedLayers = next(filter(None, _everyone(placed)), None)
+        _check(parts, self._placed, self._optimizers)
+        whole = bare_model(parts[0])
+        self._ep_group = self._layers[0].ep_group if self._layers else whole.pg_collection.ep
+        self.row_bytes = whole.config.hidden_size * whole.config.params_dtype.itemsize
         # Every rank describes the group of rank 0.
-        dist.broadcast_object_list(ranks, src=0)
-        self.topology = topology_of_job().of_ranks(ranks[0])
+        first = _everyone(dist.get_process_group_ranks(self._ep_group))[0]
+        self.topology = topology_of_job().of_ranks(first)
 
     @property
     def placement(self) -> Placement:
         """See `PlacedModel`."""
-        return self._layers[0].placed.placement
+        return self._placed.placement
 
     def expert_bytes(self) -> int:
         """See `PlacedModel`."""
-        pieces = [self._pieces(p) for layer in self._layers for p in layer.experts.parameters()]
-        return expert_bytes(list(rows_of(self._layers[0].experts).values()), agreed_kinds(pieces))
+        rows = [rows_of(layer.experts) for layer in self._layers[:1]]
+        kinds = agreed_kinds(
+            [self._pieces(each) for layer in self._layers for each in layer.experts.parameters()]
+        )
+        return max(_everyone(sum(expert_bytes(list(layer.values()), kinds) for layer in rows)))
 
     def move(self, placement: Placement) -> Exchanged:
         """See `PlacedModel`."""
         rows = [rows_of(layer.experts) for layer in self._layers]
-        pieces = [
-            {name: [self._pieces(each) for each in of_slots] for name, of_slots in layer.items()}
-            for layer in rows
-        ]
+        pieces = _prepared_by_all(
+            lambda: [
+                {name: [self._pieces(each) for each in slots] for name, slots in layer.items()}
+                for layer in rows
+            ]
+        )
         kinds = agreed_kinds([p for layer in pieces for each in layer.values() for p in each])
         state = ExpertState(len(rows), kinds, self._shards())
-        for number, layer in enumerate(rows):
-            for name, of_slots in layer.items():
-                state.add(number, name, of_slots, pieces[number][name])
+
+        def add_all() -> None:
+            for number, layer in enumerate(rows):
+                for name, of_slots in layer.items():
+                    state.add(number, name, of_slots, pieces[number][name])
+
+        _prepared_by_all(add_all)
+        layer_ids = self._placed.layer_ids
         exchanged = exchange_experts(
             state.rows,
             old=self.placement,
             new=placement,
-            group=self._layers[0].ep_group,
+            group=self._ep_group,
             together=dist.group.WORLD,
+            layers=[layer_ids.index(layer.layer_number - 1) for layer in self._layers],
         )
         state.store()
-        placed = PlacedLayers(placement=placement, layer_ids=self._layers[0].placed.layer_ids)
+        self._placed = PlacedLayers(placement=placement, layer_ids=layer_ids)
         for layer in self._layers:
-            layer.take_placement(placed)
+            layer.take_placement(self._placed)
         return exchanged
 
     def _shards(self) -> dist.ProcessGroup | None:
         """Ranks that divide the optimizer state of the same experts."""
+        if not self._layers:
+            return None
         expert = next(self._layers[0].experts.parameters())
         for optimizer in self._optimizers:
             if isinstance(optimizer, DistributedOptimizer) and any(
@@ -109,6 +139,30 @@ class ModelPlacement:
             elif _trains(optimizer, parameter):
                 return _plain_pieces(optimizer, parameter)
         return {}  # Not trained, or another rank's.
+
+
+def _everyone(mine: Any) -> list[Any]:
+    """What every rank passed, in their order; collective over all ranks."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _prepared_by_all(prepare: Callable[[], _Prepared]) -> _Prepared:
+    """What this rank prepares, if all of them can; collective over all ranks.
+
+    Raises:
+        PlacementError: One of them cannot. None waits for another in what would follow.
+    """
+    problem, prepared = None, None
+    try:
+        prepared = prepare()
+    except PlacementError as error:
+        problem = str(error)
+    problems = [found for found in _everyone(problem) if found is not None]
+    if problems:
+        raise PlacementError(problems[0])
+    return prepared
 
 
 def rows_of(experts: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -174,17 +228,19 @@ def _unchained(optimizer: Any) -> list[Any]:
     return [optimizer]
 
 
-def _check(model: nn.Module, layers: Sequence[SemanticMoELayer], optimizers: Sequence[Any]) -> None:
-    if not layers:
+def _check(
+    parts: Sequence[nn.Module], placed: PlacedLayers | None, optimizers: Sequence[Any]
+) -> None:
+    if placed is None:
         raise ConfigError(
             explain(
                 "the model has no placed experts",
                 where=WHERE,
-                got=type(model).__name__,
+                got=type(bare_model(parts[0])).__name__,
                 do="Build it from the spec that SemanticRun.place returns, or unset it",
             )
         )
-    for name, obstacle in _obstacles(model, layers[0].config, optimizers):
+    for name, obstacle in _obstacles(parts, optimizers):
         if obstacle:
             raise ConfigError(
                 explain(
@@ -196,13 +252,10 @@ def _check(model: nn.Module, layers: Sequence[SemanticMoELayer], optimizers: Seq
             )
 
 
-def _obstacles(
-    model: nn.Module, config: Any, optimizers: Sequence[Any]
-) -> Iterator[tuple[str, bool]]:
+def _obstacles(parts: Sequence[nn.Module], optimizers: Sequence[Any]) -> Iterator[tuple[str, bool]]:
     """Flags, or kinds of optimizer, and whether the run has them."""
-    wrapper = getattr(model, "ddp_config", None)
-    yield "--pipeline-model-parallel-size", config.pipeline_model_parallel_size > 1
-    yield "--fp8-format", bool(getattr(config, "fp8", None))
+    wrapper = getattr(parts[0], "ddp_config", None)
+    yield "--fp8-format", bool(getattr(bare_model(parts[0]).config, "fp8", None))
     yield "--overlap-param-gather", bool(getattr(wrapper, "overlap_param_gather", False))
     instances = getattr(wrapper, "num_distributed_optimizer_instances", 1)
     yield "--num-distributed-optimizer-instances", instances > 1

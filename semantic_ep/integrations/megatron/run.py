@@ -179,7 +179,10 @@ class SemanticRun:
         )
 
     def replan(
-        self, model: nn.Module, optimizer: Any, observation: ModelObservation | None
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Any,
+        observation: ModelObservation | None,
     ) -> Replanning | None:
         """What reports drift and, if an interval is set, moves experts; collective.
 
@@ -188,7 +191,7 @@ class SemanticRun:
         its `resume` with what `observation.restore` returned.
 
         Args:
-            model: Built from the spec that `place` returned, bare or wrapped.
+            model: Built from the spec that `place` returned, bare or wrapped; see `ModelPlacement`.
             optimizer: Of `get_megatron_optimizer`.
             observation: What `observe` returned.
 

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -31,7 +32,8 @@ def place_experts(
     """Return a copy of a spec whose MoE layers follow a placement.
 
     Args:
-        spec: Spec of one layer (used for every layer) or of the whole decoder block.
+        spec: Spec of one layer (used for every layer) or of the whole decoder block. With pipeline
+            stages the latter is of the stage, and may have dense layers alone.
         placed: The placement, found by layer number when the model is built.
         pg_collection: The groups given to the model, where they are not Megatron's global ones.
         exchange: What sends the tokens; None means Megatron's own dispatcher.
@@ -60,7 +62,8 @@ def place_experts(
         result.layer_specs = [of_layer(layer) for layer in spec.layer_specs]
     else:
         result = of_layer(spec)
-    if not replaced:
+    staged = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    if not replaced and not (staged and isinstance(spec, TransformerBlockSubmodules)):
         raise ConfigError(
             explain(
                 "the layer spec has no MoE layer to place",
