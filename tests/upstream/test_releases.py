@@ -1,4 +1,7 @@
-"""Every release whose signatures are recorded keeps the contracts, in an environment of its own."""
+"""Releases whose signatures are recorded keep the contracts, and Megatron-core's train.
+
+Each has an environment of its own, in which tests of this suite run.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,29 @@ pytestmark = pytest.mark.upstream
 
 # Those that start processes of their own say nothing of a release that the others do not.
 TESTS = "not unmodified_script and not meta_device"
+
+
+# Runs on two gloo ranks: profiles equal a count by hand; a run that is resumed twice, under other
+# placements and with the distributed optimizer, has the losses of a contiguous one.
+TRAINING = (
+    "distributed/test_megatron_observation.py::test_a_profile_counts_every_training_token_once_with_"
+    "its_logical_experts[data]",
+    "distributed/test_megatron.py::test_a_run_that_changes_placement_at_checkpoints_has_the_losses_"
+    "of_a_contiguous_one[2-alltoall-True]",
+)
+# And of the newest release: the launch script from its command line, other parallelism, our
+# exchange, and experts that move while the run goes on.
+TRAINING_OF_NEWEST = (
+    "distributed/test_megatron_observation.py",
+    TRAINING[1],
+    "distributed/test_megatron_dispatcher.py::test_our_exchange_has_the_losses_of_megatrons_alltoall_"
+    "and_sends_fewer_bytes[2-settings0-True]",
+    "distributed/test_megatron_replanning.py::test_experts_and_their_optimizer_state_move_without_a_"
+    "trace_in_the_losses[2-runs0]",
+    "distributed/test_megatron_staged_replanning.py::test_a_failure_on_one_stage_leaves_all_of_them_"
+    "as_they_were",
+    "e2e/test_finetune_megatron.py::test_a_run_resumed_under_a_plan_goes_on_as_if_nothing_had_moved",
+)
 
 
 def _recorded(package: str) -> list[Version]:
@@ -58,8 +84,13 @@ def _keeps_the_contracts(package: str, version: str, framework: str) -> None:
     files = here / f"test_{framework}_contract.py", here / "test_seams.py"
     (other,) = {"megatron", "deepspeed"} - {framework}
     chosen = f"{TESTS} and not {other}"
+    _pass(python, "-k", chosen, *files)
+
+
+def _pass(python: Path, *arguments: str | Path) -> None:
+    """Run tests with an interpreter; none may fail, nor be skipped."""
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -74,6 +105,22 @@ def _keeps_the_contracts(package: str, version: str, framework: str) -> None:
 def test_a_release_of_megatron_keeps_the_contracts_of_the_installed_one(version):
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     _keeps_the_contracts("megatron-core", version, "megatron")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("version", _newest_of_each_minor("megatron-core"))
+def test_a_release_of_megatron_trains_as_the_installed_one(version):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("the seams for CPU, which these runs need, are inactive here")
+    python = python_with("megatron-core", version)
+    # Ranks are started with the same interpreter.
+    code = "from importlib.metadata import version; print(version('megatron-core'))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == version
+    newest = version == _newest_of_each_minor("megatron-core")[-1]
+    chosen = TRAINING_OF_NEWEST if newest else TRAINING
+    _pass(python, *(str(ROOT / "tests" / test) for test in chosen))
 
 
 @pytest.mark.timeout(1200)
