@@ -227,7 +227,7 @@ def _trace_by_hand(everyone, fingerprint):
     ids=["data", "sequence", "pipeline", "interleaved", "context"],
 )
 def test_a_profile_counts_every_training_token_once_with_its_logical_experts(tmp_path, case):
-    everyone = run_ranks(_run, case.ranks, tmp_path, case)[0]
+    everyone = run_ranks(_run, case.ranks, tmp_path, case, timeout=300)[0]
     trace = _trace_by_hand(everyone, case.fingerprint)
     expected = RoutingProfile.from_trace(trace, vocab_size=tiny.VOCAB)
     profile = RoutingProfile.read(tmp_path / "profile")
