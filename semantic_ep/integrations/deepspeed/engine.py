@@ -19,7 +19,12 @@ class SemanticEngine:
     """Goes before the class of an engine with `semantic_ep`, `placed_experts` and `replanning`.
 
     Each of them may be None.
+
+    Attributes:
+        loads_without_pieces: While a checkpoint of ZeRO 3 is loaded whose pieces are others'.
     """
+
+    loads_without_pieces = False
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; with each optimizer step counts decay, and experts may move."""
@@ -104,6 +109,17 @@ class SemanticEngine:
         if self.placed_experts is not None:
             checkpoint["module"] |= self.placed_experts_to_load
         super().load_module_state_dict(checkpoint, *args, **kwargs)
+
+    def _load_zero_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
+        return self.loads_without_pieces or super()._load_zero_checkpoint(*args, **kwargs)
+
+    def _get_ckpt_name(
+        self, checkpoints_path: str, tag: str, mp_placeholder: Any = None, pp_placeholder: Any = None
+    ) -> str:
+        if self.loads_without_pieces and pp_placeholder is None:
+            # There may have been fewer ranks; what is not in pieces is the same in every file.
+            pp_placeholder = "0"
+        return super()._get_ckpt_name(checkpoints_path, tag, mp_placeholder, pp_placeholder)
 
     def _get_non_moe_state_dict(self, full_state_dict: dict[str, Any]) -> dict[str, Any]:
         state = super()._get_non_moe_state_dict(full_state_dict)

@@ -23,12 +23,12 @@ from torch import distributed as dist
 from semantic_ep.artifacts import write_file_atomically
 from semantic_ep.errors import CheckpointError, explain
 from semantic_ep.integrations.deepspeed.optimizer_state import (
-    OldLayout,
     check_can_move,
     move_optimizer_state,
     optimizer_parameters,
 )
 from semantic_ep.integrations.deepspeed.placing import PARTITIONED, PlacedExperts
+from semantic_ep.integrations.deepspeed.stored_state import OldLayout
 from semantic_ep.integrations.deepspeed.universal import universal_experts
 from semantic_ep.plan.placement import Placement
 
@@ -182,16 +182,20 @@ def load_placed(
                 do="Resume with the plan and the ranks of the run that wrote it",
             )
         )
-    partitioned = engine.zero_optimization_partition_weights()
-    if partitioned or old.zero_stage == PARTITIONED:
-        _check_partitioned(
-            old, new, checkpoint, whole=load_optimizer_states and not load_module_only
-        )
-    move_state = moved and load_optimizer_states and not load_module_only
+    with_state = load_optimizer_states and not load_module_only
+    if PARTITIONED in (old.zero_stage, new.zero_stage):
+        _check_stage(old, new, checkpoint)
+        if moved or not with_state:
+            return _load_pieces(
+                engine, load, load_dir, tag, old, with_state, load_module_only, **kwargs
+            )
+    move_state = moved and with_state
     if move_state:
         check_can_move(engine, old.zero_stage)
     engine.placed_experts_to_load = (
-        {} if partitioned else _local_experts(engine, checkpoint, old.layout.placement)
+        {}
+        if new.zero_stage == PARTITIONED
+        else _local_experts(engine, checkpoint, old.layout.placement)
     )
     try:
         path, client_state = load(
@@ -208,18 +212,43 @@ def load_placed(
     return path, client_state
 
 
-def _check_partitioned(old: Descriptor, new: Descriptor, checkpoint: Path, *, whole: bool) -> None:
-    """At ZeRO 3 experts are in DeepSpeed's shards only, which load as they were stored."""
-    if old.zero_stage == new.zero_stage and old.layout.equals(new.layout) and whole:
+def _load_pieces(
+    engine: Any,
+    load: Callable[..., tuple[str | None, Any]],
+    load_dir: str,
+    tag: str,
+    old: Descriptor,
+    with_state: bool,
+    load_module_only: bool,
+    **kwargs: Any,
+) -> tuple[str | None, Any]:
+    """At ZeRO 3, let DeepSpeed load all but what is in pieces, and put these together anew."""
+    if with_state:
+        check_can_move(engine, old.zero_stage)
+    engine.loads_without_pieces = True
+    engine.placed_experts_to_load = {}
+    try:
+        path, client_state = load(load_dir, tag, load_module_only=load_module_only, **kwargs)
+    finally:
+        engine.loads_without_pieces = False
+        del engine.placed_experts_to_load
+    move_optimizer_state(
+        engine, Path(load_dir, tag), old.layout, old.parameters, weights_only=not with_state
+    )
+    return path, client_state
+
+
+def _check_stage(old: Descriptor, new: Descriptor, checkpoint: Path) -> None:
+    """ZeRO 3 stores weights in the optimizer's shards alone, and other stages with the model."""
+    if old.zero_stage == new.zero_stage:
         return
     raise CheckpointError(
         explain(
-            "a checkpoint of ZeRO 3 has its experts in the optimizer's shards, which load as a "
-            "whole, under the same plan, on the same ranks and at ZeRO 3",
-            where=str(checkpoint),
+            "a checkpoint of ZeRO 3 has its weights in pieces, and one of another stage has not",
+            where=f"{checkpoint}, and zero_optimization.stage",
             got=f"saved at ZeRO {old.zero_stage}, loaded at ZeRO {new.zero_stage}",
-            do="Resume with the plan, the ranks and the stage of the run that wrote it; or export "
-            "it there with save_huggingface_checkpoint and start from that model",
+            do="Resume at the stage of the run that wrote it; or convert it with semantic-ep "
+            "convert --from deepspeed --to universal and set checkpoint.load_universal",
         )
     )
 

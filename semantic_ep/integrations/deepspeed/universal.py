@@ -27,13 +27,17 @@ from torch import Tensor, nn
 from semantic_ep.apply.checkpoint.writer import new_directory
 from semantic_ep.artifacts import write_file_atomically
 from semantic_ep.errors import CheckpointError, explain
-from semantic_ep.integrations.deepspeed.optimizer_state import (
+from semantic_ep.integrations.deepspeed.placing import PARTITIONED, PlacedExperts, rows_of_slots
+from semantic_ep.integrations.deepspeed.stored_state import (
     MASTER,
+    PartitionedState,
     ZeroState,
     load_stored,
+    partitioned_model_file,
+    settings_of,
     states_of_slots,
+    stored_by_zero,
 )
-from semantic_ep.integrations.deepspeed.placing import PlacedExperts, rows_of_slots
 from semantic_ep.integrations.observation import PROFILE_IN_CHECKPOINT
 
 if TYPE_CHECKING:
