@@ -113,7 +113,7 @@ class ExpertState:
                     continue
                 _check_complete(found, f"layer {layer}, {name}", kind)
             wholes = [
-                self._whole(like, piece, dtype)
+                self.whole(like.shape, like.device, piece, dtype)
                 for like, piece in zip(weights if apart else [weights], found, strict=True)
             ]
             self.rows[layer][f"{name}/{kind}"] = wholes if apart else wholes[0]
@@ -127,12 +127,21 @@ class ExpertState:
     def _divided(self) -> bool:
         return self._shards is not None and self._shards.size() > 1
 
-    def _whole(self, like: Tensor, piece: Piece | None, dtype: torch.dtype) -> Tensor:
-        """The state in the shape of its parameter: in place, or put together."""
+    def whole(
+        self, shape: torch.Size, device: torch.device, piece: Piece | None, dtype: torch.dtype
+    ) -> Tensor:
+        """What the shards have pieces of, in place or put together; collective over the shards.
+
+        Args:
+            shape: Of the whole.
+            device: That it shall be on.
+            piece: Held here, if any; where there are no shards, all of it.
+            dtype: Of the pieces.
+        """
         if not self._divided:
             assert piece is not None
-            return piece.values.view(like.shape)
-        whole = torch.zeros(like.shape, dtype=dtype, device=like.device)
+            return piece.values.view(shape)
+        whole = torch.zeros(shape, dtype=dtype, device=device)
         if piece is not None:
             whole.view(-1)[piece.start : piece.start + len(piece.values)] = piece.values
             self._gathered.append((piece, whole))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.deepspeed.native import native_rows
 from semantic_ep.integrations.deepspeed.observation import find_routers
-from semantic_ep.integrations.deepspeed.optimizer_state import MASTER, obstacle_to_moving
+from semantic_ep.integrations.deepspeed.optimizer_state import full_shape, obstacle_to_moving
 from semantic_ep.integrations.deepspeed.placing import PlacedExperts
+from semantic_ep.integrations.deepspeed.stored_state import MASTER
 from semantic_ep.integrations.expert_state import (
     ExpertState,
     Piece,
@@ -66,14 +69,14 @@ class EnginePlacement:
     def row_bytes(self) -> int:
         """See `PlacedModel`."""
         router = find_routers(self._engine.module)[0].weight
-        return router.shape[1] * router.element_size()
+        return full_shape(router)[1] * router.element_size()
 
     def expert_bytes(self) -> int:
         """See `PlacedModel`."""
-        first = self._rows()[0]
-        trained = [each for rows in self._rows() for each in rows.values() if is_trained(each)]
+        rows = self._rows()
+        trained = [each for of_layer in rows for each in of_layer.values() if is_trained(each)]
         kinds = agreed_kinds([of_one for each in trained for of_one in self._pieces(each)])
-        return expert_bytes(list(first.values()), kinds)
+        return expert_bytes([_in_full(each) for each in rows[0].values()], kinds)
 
     def move(self, placement: Placement) -> Exchanged:
         """See `PlacedModel`."""
@@ -88,19 +91,32 @@ class EnginePlacement:
             if self._engine.zero_optimization()
             else None,
         )
-        for layer, rows in enumerate(self._rows()):
-            for name, each in rows.items():
-                state.add(layer, name, each, pieces[layer][name])
-        exchanged = exchange_experts(
-            state.rows,
-            old=placed.placement,
-            new=placement,
-            group=placed.process_groups.expert_parallel,
-            together=dist.group.WORLD,
-        )
-        state.store()
+        with self._all_in_pieces():
+            for layer, rows in enumerate(self._rows()):
+                for name, each in rows.items():
+                    state.add(layer, name, _weights(state, each), pieces[layer][name])
+            exchanged = exchange_experts(
+                state.rows,
+                old=placed.placement,
+                new=placement,
+                group=placed.process_groups.expert_parallel,
+                together=dist.group.WORLD,
+            )
+            state.store()
         self._engine.placed_experts = placed.under(placement)
         return exchanged
+
+    @contextmanager
+    def _all_in_pieces(self) -> Iterator[None]:
+        """At ZeRO 3, let no parameter be whole, which would not learn of another piece."""
+        partitioned = self._engine.zero_optimization_partition_weights()
+        if partitioned:
+            self._engine.optimizer.checkpoint_event_prologue()
+        try:
+            yield
+        finally:
+            if partitioned:
+                self._engine.optimizer.checkpoint_event_epilogue()
 
     @property
     def _placed(self) -> PlacedExperts:
@@ -116,7 +132,11 @@ class EnginePlacement:
         """Optimizer state of each parameter in the rows; none of buffers."""
         if not is_trained(rows):
             return []
-        of = _zero_pieces if self._engine.zero_optimization() else _plain_pieces
+        of = _plain_pieces
+        if self._engine.zero_optimization_partition_weights():
+            of = _partitioned_pieces
+        elif self._engine.zero_optimization():
+            of = _zero_pieces
         parameters = [rows] if isinstance(rows, Tensor) else rows
         return [of(self._engine.optimizer, parameter) for parameter in parameters]
 
@@ -140,3 +160,41 @@ def _zero_pieces(zero: Any, parameter: nn.Parameter) -> dict[str, Piece]:
         )
         for name, piece in states.items()
     }
+
+
+def _partitioned_pieces(zero: Any, parameter: nn.Parameter) -> dict[str, Piece]:
+    """ZeRO 3 keeps master weights and state of a piece of each parameter."""
+    if not parameter.requires_grad:
+        return {}
+    group, at, numel = zero.grad_position[zero.get_param_id(parameter)]
+    flat = zero.fp32_partitioned_groups_flat[group]
+    states = whole_states(zero.optimizer.state.get(flat, {}), flat.shape)
+    weights = zero.fp16_partitioned_groups_flat[group]
+    if flat.data_ptr() != weights.data_ptr():  # In single precision they are the weights.
+        states[MASTER] = Piece(values=flat.detach())
+    return {
+        name: _without_padding(parameter, piece.values[at : at + numel])
+        for name, piece in states.items()
+    }
+
+
+def _without_padding(parameter: nn.Parameter, values: Tensor) -> Piece:
+    """What this rank's piece has of a parameter at ZeRO 3: the last one is filled up."""
+    start = len(values) * parameter.ds_process_group.rank()
+    return Piece(values=values[: max(0, parameter.ds_numel - start)], start=start)
+
+
+def _weights(state: ExpertState, rows: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    """The weights themselves; at ZeRO 3 put together."""
+    if not hasattr(rows, "ds_tensor"):
+        return rows
+    values = rows.ds_tensor.detach().view(-1)
+    return state.whole(rows.ds_shape, values.device, _without_padding(rows, values), values.dtype)
+
+
+def _in_full(rows: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    """The same in shape and kind, of the shape that a parameter has at ZeRO 3 when it is whole."""
+    if not hasattr(rows, "ds_shape"):
+        return rows
+    shape = torch.empty(rows.ds_shape, dtype=rows.dtype, device="meta")
+    return nn.Parameter(shape, requires_grad=rows.requires_grad)
