@@ -171,10 +171,17 @@ def _resume(rank, ranks, plan, stage, checkpoint):
     return resumed_losses(placed_engine(plan, stage), rank, checkpoint)
 
 
+def damage(engine):
+    """Change all weights: nothing may be left of these after a checkpoint was loaded."""
+    for parameter in engine.module.parameters():
+        parameter.data.add_(1)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data.add_(1)
+
+
 def resumed_losses(engine, rank, checkpoint):
     """Losses of an engine after a checkpoint of five steps, which all its weights come from."""
-    for parameter in engine.module.parameters():  # Nothing may be left of these.
-        parameter.data.add_(1)
+    damage(engine)
     path, client_state = engine.load_checkpoint(str(checkpoint))
     assert path is not None
     assert client_state["seen"] == engine.global_steps == 5

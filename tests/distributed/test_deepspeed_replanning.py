@@ -71,7 +71,7 @@ def _move_between_steps(rank, ranks, plan, runs):
     ("ranks", "runs"),
     [
         (2, [(0, {}), (2, {}), (1, BF16)]),
-        (2, [(3, {}), (3, IN_PIECES), (3, IN_PIECES | BF16)]),
+        (2, [(3, {}), (3, IN_PIECES | BF16)]),
         (4, [(1, {}), (3, IN_PIECES)]),
     ],
 )
@@ -89,9 +89,9 @@ def _move_native(rank, ranks, plan):
 
     still = native.train(native.native_engine(rank, plan, 1), rank, range(12))
     engine, losses = native.native_engine(rank, plan, 1), []
-    for start in range(0, 12, 4):
-        losses += native.train(engine, rank, range(start, start + 4))
-        EnginePlacement(engine).move(moved_by_hand(engine, start))
+    for step in range(0, 12, 4):
+        losses += native.train(engine, rank, range(step, step + 4))
+        EnginePlacement(engine).move(moved_by_hand(engine, step))
     return still, losses
 
 

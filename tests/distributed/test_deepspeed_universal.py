@@ -54,15 +54,16 @@ def _resumed(rank, plan, stage, checkpoint):
     return resumed_losses(engine, rank, checkpoint)
 
 
-def test_a_universal_checkpoint_resumes_under_any_plan_without_one_and_on_any_number_of_ranks(
-    tmp_path, capsys
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_universal_checkpoint_resumes_under_any_plan_and_stage_without_one_and_on_more_ranks(
+    tmp_path, capsys, stage
 ):
     mixed, uneven, contiguous, four = (
         save_plan(tmp_path / f"plan{i}", ranks)
         for i, ranks in enumerate((MIXED, UNEVEN, CONTIGUOUS, FOUR_RANKS))
     )
     saved = tmp_path / "saved"
-    losses = run_ranks(_train_save_go_on, 2, uneven, 2, saved, tmp_path / "profile")[0]
+    losses = run_ranks(_train_save_go_on, 2, uneven, stage, saved, tmp_path / "profile")[0]
     expected = losses[5:]
     tag = (saved / "latest").read_text()
     universal = tmp_path / "universal" / "step5"
@@ -79,11 +80,11 @@ def test_a_universal_checkpoint_resumes_under_any_plan_without_one_and_on_any_nu
     assert whole["param"].abs().amax(dim=(1, 2)).min() > 0
 
     # Without a plan in processes of its own: DeepSpeed never forgets a group of experts.
-    for cases in ([(uneven, 2), (mixed, 1)], [(None, 1)]):
+    for cases in ([(uneven, 2), (mixed, 1), (mixed, 3)], [(None, 1)], [(None, 3)]):
         for resumed in run_ranks(_resume, 2, cases, universal.parent)[0]:
             assert resumed == pytest.approx(expected, abs=1e-5)
     # Twice the ranks see the same data twice, in one group of four or in two of two.
-    for resumed in run_ranks(_resume, 4, [(four, 2), (contiguous, 1)], universal.parent)[0]:
+    for resumed in run_ranks(_resume, 4, [(four, stage), (contiguous, 1)], universal.parent)[0]:
         assert resumed == pytest.approx(expected, abs=1e-5)
 
 

@@ -114,7 +114,11 @@ class SemanticEngine:
         return self.loads_without_pieces or super()._load_zero_checkpoint(*args, **kwargs)
 
     def _get_ckpt_name(
-        self, checkpoints_path: str, tag: str, mp_placeholder: Any = None, pp_placeholder: Any = None
+        self,
+        checkpoints_path: str,
+        tag: str,
+        mp_placeholder: Any = None,
+        pp_placeholder: Any = None,
     ) -> str:
         if self.loads_without_pieces and pp_placeholder is None:
             # There may have been fewer ranks; what is not in pieces is the same in every file.

@@ -250,5 +250,3 @@ def _fill_plain(optimizer: torch.optim.Optimizer, reader: _Reader) -> None:
 
 def _copied(scalars: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in scalars.items()}
-
-

@@ -29,7 +29,7 @@ from semantic_ep.integrations.deepspeed.optimizer_state import (
 )
 from semantic_ep.integrations.deepspeed.placing import PARTITIONED, PlacedExperts
 from semantic_ep.integrations.deepspeed.stored_state import OldLayout
-from semantic_ep.integrations.deepspeed.universal import universal_experts
+from semantic_ep.integrations.deepspeed.universal_loading import universal_experts
 from semantic_ep.plan.placement import Placement
 
 DESCRIPTOR = "semantic_ep_placement.json"

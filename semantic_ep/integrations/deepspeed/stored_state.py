@@ -54,6 +54,8 @@ class OldLayout:
 
 
 class OldState(Protocol):
+    """What a run stored of its optimizer."""
+
     def states(self, name: str, ep_rank: int | None) -> Mapping[str, Tensor]:
         """Flat full tensors of a parameter by state; `ep_rank` for experts, else None."""
         ...
@@ -268,6 +270,7 @@ class PlainState:
         self._group_of = {name: i for i, group in enumerate(parameters) for name in group}
 
     def states(self, name: str, ep_rank: int | None) -> Mapping[str, Tensor]:
+        """Flat full tensors of a parameter by state; `ep_rank` for experts, else None."""
         return {
             key: value.flatten()
             for key, value in self._state(name, ep_rank or 0).items()
@@ -275,6 +278,7 @@ class PlainState:
         }
 
     def scalars(self, name: str) -> Mapping[str, Any]:
+        """States that are single numbers, such as the step."""
         return {
             key: value
             for key, value in self._state(name, 0).items()
@@ -282,6 +286,7 @@ class PlainState:
         }
 
     def hyperparameters(self, name: str) -> Mapping[str, Any]:
+        """Settings of the parameter group of a parameter, such as the learning rate."""
         if name not in self._group_of:
             raise _unknown(name)
         return settings_of(self._stored[0]["param_groups"][self._group_of[name]])

@@ -217,13 +217,13 @@ def _check_placed(settings: SemanticEPConfig, deepspeed_config: Mapping[str, Any
             )
         )
     stage = zero_stage(deepspeed_config)
-    if deepspeed_config.get("checkpoint", {}).get("load_universal") and stage not in (1, 2):
+    if deepspeed_config.get("checkpoint", {}).get("load_universal") and stage == 0:
         raise ConfigError(
             explain(
-                "universal checkpoints load into the optimizer of ZeRO 1 or 2 under a plan",
+                "universal checkpoints load into the optimizer of ZeRO 1, 2 or 3",
                 where="checkpoint.load_universal",
                 got=f"zero_optimization.stage = {stage}",
-                do="Set stage 1 or 2; or remove it",
+                do="Set stage 1, 2 or 3; or remove it",
             )
         )
 
