@@ -140,7 +140,12 @@ class ExpertState:
         """
         if not self._divided:
             assert piece is not None
-            return piece.values.view(shape)
+            if piece.values.device == device:
+                return piece.values.view(shape)
+            # On the host, where the optimizer is.
+            moved = piece.values.to(device).view(shape)
+            self._gathered.append((piece, moved))
+            return moved
         whole = torch.zeros(shape, dtype=dtype, device=device)
         if piece is not None:
             whole.view(-1)[piece.start : piece.start + len(piece.values)] = piece.values

@@ -84,17 +84,11 @@ def obstacle_to_moving(engine: Any) -> tuple[str, str] | None:
             "an elastic checkpoint does not say where a parameter is",
             "Set zero_optimization.elastic_checkpoint to false",
         )
-    if engine.zero_optimization_partition_weights():
-        if zero.swap_optimizer or zero.offload_param:
-            return (
-                "parameters, or what the optimizer keeps of them, lie outside of memory or come "
-                "and go",
-                "Remove zero_optimization.offload_param, and offload_optimizer to nvme",
-            )
-    elif zero.cpu_offload:
+    partitioned = engine.zero_optimization_partition_weights()
+    if partitioned and (zero.swap_optimizer or zero.offload_param):
         return (
-            "the states of an offloaded optimizer cannot be replaced",
-            "Remove zero_optimization.offload_optimizer for this start",
+            "parameters, or what the optimizer keeps of them, lie outside of memory or come and go",
+            "Remove zero_optimization.offload_param, and offload_optimizer to nvme",
         )
     return None
 
