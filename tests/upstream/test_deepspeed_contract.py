@@ -25,6 +25,10 @@ def test_the_engine_has_the_methods_that_ours_extends():
     } <= parameters(Engine.load_checkpoint)
     assert {"checkpoint"} <= parameters(Engine.load_module_state_dict)
     assert {"full_state_dict"} <= parameters(Engine._get_non_moe_state_dict)
+    names = ["self", "checkpoints_path", "tag", "mp_placeholder", "pp_placeholder"]
+    assert list(inspect.signature(Engine._get_ckpt_name).parameters) == names
+    # What ZeRO 3 has in pieces is read here and nowhere else.
+    assert "self._load_zero_checkpoint(" in inspect.getsource(Engine.load_checkpoint)
     for question in (
         "bfloat16_enabled",
         "load_universal_checkpoint",
@@ -57,6 +61,28 @@ def test_zero_3_finds_experts_by_the_marks_that_ours_carry():
         assert mark in inspect.getsource(Zero._autoep_expert_parallel_group)
     # It takes no other MoE layers, so that the marker of ours is one of AutoEP's.
     assert "AutoEPMoELayer" in inspect.getsource(Engine._validate_zero3_moe_compatibility)
+
+
+def test_zero_3_keeps_pieces_in_the_order_that_ours_reads():
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
+
+    partition = inspect.getsource(Zero.set_grad_positions)
+    assert "self.grad_position[param_id] = [int(i), int(current_offset), int(num_elements)]" in (
+        partition
+    )
+    assert "param.partition_numel()" in partition
+    stored = inspect.getsource(Zero._rigid_state_dict)
+    for name in ("FP32_FLAT_GROUPS", "OPTIMIZER_STATE_DICT", "ds_zero_partition_groups"):
+        assert name in stored
+    for method in (
+        "checkpoint_event_prologue",
+        "checkpoint_event_epilogue",
+        "_reassign_or_swap_out_partitioned_parameters",
+    ):
+        assert callable(getattr(Zero, method))
+    universal = inspect.getsource(Zero.load_hp_checkpoint_state_from_checkpoint_dir_stage3)
+    assert "self.load_hp_checkpoint_state(" in universal
+    assert "param=param" in universal
 
 
 def test_a_universal_checkpoint_is_made_and_loaded_in_the_way_that_ours_joins():
