@@ -99,6 +99,15 @@ class Placement:
         return table
 
     @cached_property
+    def copy_of_slot(self) -> np.ndarray:
+        """[L, G * S] int32, how many slots before it hold the same expert; 0 for an empty slot."""
+        copies = np.zeros_like(self.physical_to_logical_map)
+        for number in range(1, self.logical_to_physical_map.shape[2]):
+            layer, expert = np.nonzero(self.logical_to_physical_map[:, :, number] >= 0)
+            copies[layer, self.logical_to_physical_map[layer, expert, number]] = number
+        return copies
+
+    @cached_property
     def expert_on_rank(self) -> np.ndarray:
         """[L, E, G] bool, whether a rank holds a copy of an expert."""
         held = np.zeros((self.num_layers, self.num_experts, self.ep_size), dtype=bool)

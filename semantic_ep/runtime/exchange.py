@@ -161,6 +161,43 @@ def exchange_experts(
     )
 
 
+def fill_copies(
+    tensors: Mapping[str, Tensor | Sequence[Tensor]],
+    *,
+    placement: Placement,
+    layer: int,
+    group: ProcessGroup,
+) -> None:
+    """Give all copies of an expert what the first of them holds, in place; collective.
+
+    Args:
+        tensors: Of the layer, as in `exchange_experts`.
+        placement: With several copies of some experts.
+        layer: 0..L - 1.
+        group: The EP group, of a backend that moves the tensors' device.
+
+    Raises:
+        PeerFailureError: Another rank died or did not answer in time.
+    """
+    slots = placement.slots_per_rank
+    moves = [
+        Move(
+            layer=layer,
+            expert=expert,
+            source_rank=first // slots,
+            source_slot=first % slots,
+            target_rank=copy // slots,
+            target_slot=copy % slots,
+        )
+        for expert, (first, *copies) in enumerate(placement.logical_to_physical_map[layer].tolist())
+        for copy in copies
+        if copy >= 0
+    ]
+    for slot, rows in _receive_layer(tensors, moves, group).items():
+        for name, row in rows.items():
+            tensors[name][slot].detach().copy_(row)
+
+
 _ABSENT = torch.iinfo(torch.int64).min
 
 
