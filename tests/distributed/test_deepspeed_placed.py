@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 
 from semantic_ep.artifacts import ModelFingerprint
-from semantic_ep.errors import CheckpointError, ConfigError, PeerFailureError, PlacementError
+from semantic_ep.errors import CheckpointError, ConfigError, PeerFailureError
 from semantic_ep.integrations.deepspeed import peers_must_answer
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.plan.placement import Placement
@@ -287,7 +287,6 @@ def _refusals(rank, ranks, plans, checkpoint):
 
     refused(ConfigError, "does not divide the world size 2", "four ranks")
     refused(ConfigError, "another number of ranks", "mixed", groups={"ep_size": 1})
-    refused(PlacementError, "would be trained apart", "copies")
     engine = placed_engine(plans["mixed"])
     with pytest.raises(CheckpointError, match="does not say where its experts are"):
         engine.load_checkpoint(str(checkpoint), "absent")
@@ -297,15 +296,9 @@ def _refusals(rank, ranks, plans, checkpoint):
 
 
 def test_what_cannot_be_trained_or_resumed_under_a_plan_is_refused_with_the_reason(plan, tmp_path):
-    copies = Placement(
-        physical_to_logical_map=np.array([[0, 1, 2, 3, 7, 4, 5, 6, 7, 0]] * 2),
-        num_experts=EXPERTS,
-        ep_size=2,
-    )
     plans = {
         "mixed": plan(MIXED),
         "uneven": plan(UNEVEN),
         "four ranks": plan(FOUR_RANKS),
-        "copies": plan(copies),
     }
     run_ranks(_refusals, 2, plans, tmp_path)

@@ -39,6 +39,22 @@ def test_the_engine_has_the_methods_that_ours_extends():
         assert parameters(getattr(Engine, question)) == {"self"}
 
 
+def test_a_step_clips_and_steps_where_copies_of_experts_are_summed_before_and_follow_after():
+    from deepspeed.runtime.engine import DeepSpeedEngine as Engine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
+    from deepspeed.utils.tensor_fragment import get_full_hp_grad
+
+    step = inspect.getsource(Engine._take_model_step)
+    assert step.index("self.clip_fp32_gradients()") < step.index("self.optimizer.step()")
+    assert "self._take_model_step(" in inspect.getsource(Engine.step)
+    # ZeRO takes norms and steps from these lists, of which ours change the values in place.
+    assert "self.averaged_gradients[i]" in inspect.getsource(Zero.scaled_global_norm)
+    assert "self.averaged_gradients[i]" in inspect.getsource(Zero.step)
+    assert "self._hp_mapping.get_lp_grad_fragment(self._index_in_param_group)" in (
+        inspect.getsource(get_full_hp_grad)
+    )
+
+
 def test_groups_of_experts_are_registered_by_name():
     from deepspeed.utils import groups
 

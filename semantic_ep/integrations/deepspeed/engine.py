@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_ep.errors import CheckpointError, explain
+from semantic_ep.integrations.deepspeed.copies import EngineCopies, clip_gradients
 from semantic_ep.integrations.deepspeed.placed_checkpoint import (
     load_placed,
     write_latest,
@@ -25,6 +26,7 @@ class SemanticEngine:
     """
 
     loads_without_pieces = False
+    _copies_in_force: EngineCopies | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; with each optimizer step counts decay, and experts may move."""
@@ -38,6 +40,31 @@ class SemanticEngine:
             if self.replanning is not None:
                 self.replanning.step(self.global_steps)
         return result
+
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> Any:
+        copies = self._copies()
+        if copies is None:
+            return super()._take_model_step(*args, **kwargs)
+        copies.sum_gradients()
+        result = super()._take_model_step(*args, **kwargs)
+        copies.follow()
+        return result
+
+    def _copies(self) -> EngineCopies | None:
+        """What keeps the copies of experts alike, if some have any in the placement in force."""
+        placed = self.placed_experts
+        if placed is None or not placed.placement.has_replicas:
+            return None
+        if self._copies_in_force is None or self._copies_in_force.placed is not placed:
+            self._copies_in_force = EngineCopies(self)
+        return self._copies_in_force
+
+    def clip_fp32_gradients(self) -> None:
+        """As DeepSpeed's at ZeRO 0; placed experts are added up and not averaged over ranks."""
+        if self.placed_experts is not None and self.placed_experts.experts:
+            clip_gradients(self)
+        else:
+            super().clip_fp32_gradients()
 
     def save_checkpoint(
         self,
@@ -83,6 +110,8 @@ class SemanticEngine:
                 path, client_state = load_placed(
                     self, super().load_checkpoint, load_dir, tag, **kwargs
                 )
+            if (copies := self._copies()) is not None:
+                copies.follow()
         if path is not None and self.semantic_ep is not None:
             profile = self.semantic_ep.restore(path if Path(path).is_dir() else Path(path).parent)
             if self.replanning is not None:

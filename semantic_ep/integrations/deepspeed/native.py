@@ -21,7 +21,6 @@ from semantic_ep.integrations.deepspeed.placing import (
     PARTITIONED,
     PlacedExperts,
     create_groups,
-    refuse_copies,
 )
 from semantic_ep.integrations.expert_parallel import StepContext
 from semantic_ep.plan.placement import Placement
@@ -107,7 +106,17 @@ def place_native_experts(
 
 
 def _check(layers: Sequence[MoE], placement: Placement) -> None:
-    refuse_copies(placement)
+    if placement.has_replicas:
+        raise PlacementError(
+            explain(
+                "copies of experts have no place in deepspeed.moe layers: DeepSpeed gives each "
+                "rank a module for every expert once, and checkpoints a file "
+                "(deepspeed/moe/layer.py, MoE)",
+                where=WHERE,
+                got="a plan with copies of experts",
+                do="Make the plan with --redundant-slots 0",
+            )
+        )
     found = {(layer.num_experts, layer.ep_size, layer.num_local_experts) for layer in layers}
     wanted = (placement.num_experts, placement.ep_size, placement.slots_per_rank)
     if found != {wanted} or len(layers) != placement.num_layers:

@@ -68,7 +68,8 @@ class PlacedExperts:
 
         The experts themselves must have moved, or be about to.
         """
-        tables = torch.from_numpy(slot_tables(placement, rank=self.ep_rank))
+        nodes = self.groups.nodes_of_group(dist.get_rank())
+        tables = torch.from_numpy(slot_tables(placement, rank=self.ep_rank, node_of_rank=nodes))
         routing = self.experts or [layer.deepspeed_moe for layer in self.native]
         for module, table_E in zip(routing, tables, strict=True):
             module.slot_table_E.copy_(table_E)
@@ -100,16 +101,17 @@ def place_experts(
     Args:
         model: A Hugging Face model with all experts, equal on all ranks. Its parameters stay the
             same objects, so that lists and optimizers made from them stay valid.
-        placement: One copy of each expert; ranks may hold different numbers of them.
+        placement: Ranks may hold different numbers of experts. Where some have several copies,
+            these start alike, and `semantic_ep.integrations.deepspeed.copies` keeps them so.
         settings: Of the run.
         device: That the model will run on.
         zero_stage: Of the engine to come.
 
     Raises:
-        PlacementError: The placement is of another model, or has copies.
+        PlacementError: The placement is of another model, or has copies at ZeRO 3.
         ConfigError: No groups of this size can be formed, or the model is partitioned already.
     """
-    _check(model, placement)
+    _check(model, placement, zero_stage)
     groups, process_groups = create_groups(placement, settings)
     ep_rank = process_groups.expert_parallel.rank()
     name = group_name(placement.ep_size)
@@ -140,6 +142,7 @@ def place_experts(
         rank=ep_rank,
         dispatcher=dispatcher,
         context=context,
+        node_of_rank=groups.nodes_of_group(dist.get_rank()),
     )
     marker = (
         partitioned_group(placement.num_experts)
@@ -194,7 +197,7 @@ def rows_of_slots(whole: Tensor, held_S: np.ndarray) -> Tensor:
     return rows
 
 
-def _check(model: nn.Module, placement: Placement) -> None:
+def _check(model: nn.Module, placement: Placement, zero_stage: int) -> None:
     shape = moe_shape(model)
     wanted = (len(shape.layer_ids), shape.num_experts)
     found = (placement.num_layers, placement.num_experts)
@@ -207,7 +210,18 @@ def _check(model: nn.Module, placement: Placement) -> None:
                 allowed=f"{wanted[0]} MoE layers of {wanted[1]} experts",
             )
         )
-    refuse_copies(placement)
+    if placement.has_replicas and zero_stage == PARTITIONED:
+        raise PlacementError(
+            explain(
+                "copies of one expert would be trained apart: ZeRO 3 keeps pieces of weights and "
+                "gradients, which no copy could follow without gathering them in every step",
+                where="zero_optimization.stage, and semantic_ep.plan.artifact, "
+                "--semantic-ep-plan-artifact",
+                got="stage 3, and a plan with copies of experts",
+                allowed="stages 0, 1 and 2, or a plan without copies",
+                do="Set zero_optimization.stage to 2, or make the plan with --redundant-slots 0",
+            )
+        )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
             explain(

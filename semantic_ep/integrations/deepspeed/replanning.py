@@ -42,6 +42,11 @@ class EnginePlacement:
             ConfigError: Its optimizer keeps what cannot be divided by expert.
         """
         obstacle = obstacle_to_moving(engine)
+        if engine.placed_experts.placement.has_replicas:
+            obstacle = (
+                "a new plan would have no copies of experts, and this one has",
+                "Plan with --redundant-slots 0",
+            )
         if obstacle is not None:
             problem, do = obstacle
             raise ConfigError(

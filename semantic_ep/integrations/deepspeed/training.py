@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import SECTION, SemanticEPConfig, section_of
 from semantic_ep.errors import CheckpointError, ConfigError, PeerFailureError, explain
+from semantic_ep.integrations.deepspeed.copies import EngineCopies
 from semantic_ep.integrations.deepspeed.engine import SemanticEngine
 from semantic_ep.integrations.deepspeed.native import native_layers, place_native_experts
 from semantic_ep.integrations.deepspeed.observation import EngineObservation, find_routers
@@ -124,6 +125,8 @@ def initialize(
     if observe and placed:
         movable = None if settings.replan.interval == "auto" else EnginePlacement(engine)
         engine.replanning = Replanning(settings, engine.semantic_ep, movable)
+    if placed_experts is not None and placed_experts.placement.has_replicas:
+        EngineCopies(engine)  # Refuses what copies do not go with before a step is made.
     if observe or placed:
         # DeepSpeed has no callback for these events, and chooses the class of its engine itself.
         engine.__class__ = type(type(engine).__name__, (SemanticEngine, type(engine)), {})

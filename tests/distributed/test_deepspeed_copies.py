@@ -1,0 +1,195 @@
+"""Experts with several copies in DeepSpeed training: trained as one, the same bits everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("transformers")
+
+import torch
+
+from semantic_ep.errors import ConfigError, PlacementError
+from semantic_ep.plan.placement import Placement
+from tests.distributed.launcher import run_ranks
+from tests.distributed.test_deepspeed_native_placed import FINGERPRINT as NATIVE
+from tests.distributed.test_deepspeed_native_placed import NativeModel
+from tests.distributed.test_deepspeed_placed import (
+    CONTIGUOUS,
+    EXPERTS,
+    MIXED,
+    damage,
+    data_of,
+    placed_config,
+    placed_engine,
+    save_plan,
+    train,
+)
+from tests.distributed.test_deepspeed_training import start, tiny_model
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 24
+# The norm of gradients is above this in every step.
+CLIP = {"gradient_clipping": 0.2}
+
+
+def copies(*rows, ep_size):
+    return Placement(physical_to_logical_map=np.array(rows), num_experts=EXPERTS, ep_size=ep_size)
+
+
+# An empty slot, and first copies on either rank.
+TWO_RANKS = copies(
+    [0, 1, 2, 3, 7, 6, 4, 5, 6, 7, 0, 2], [3, 1, 5, -1, 0, 7, 4, 3, 6, 2, 0, 5], ep_size=2
+)
+# Three copies of an expert, and four of another.
+FOUR_RANKS = copies(
+    [0, 1, 2, 7, 2, 3, 7, 0, 4, 5, 0, 7, 6, 7, 1, -1],
+    [6, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 0, 3],
+    ep_size=4,
+)
+
+
+def _held(engine):
+    """(layer, name, expert) -> bits of the weights in each slot of this rank."""
+    placed = engine.placed_experts
+    return [
+        ((layer, name, expert), parameter.detach()[slot].view(torch.uint8).numpy().tobytes())
+        for name, layer, parameter in placed.parameters(engine.module)
+        for slot, expert in enumerate(placed.held_S(layer).tolist())
+        if expert >= 0
+    ]
+
+
+def _train(engine, rank, steps=STEPS):
+    """Losses, norms of gradients and weights in the end."""
+    losses, norms = [], []
+    for batch in data_of(rank, steps):
+        losses += train(engine, [batch])
+        norms.append(float(engine.get_global_grad_norm()))
+    return losses, norms
+
+
+def _train_under(rank, ranks, plans, stages):
+    whole = _train(placed_engine(None, 1, **CLIP), rank)
+    runs = []
+    for stage in stages:
+        for plan in plans:
+            engine = placed_engine(plan, stage, **CLIP)
+            runs.append((*_train(engine, rank), _held(engine)))
+    return whole, runs
+
+
+def assert_copies_alike(weights_of_ranks):
+    """Over all ranks; returns the copies of each expert."""
+    bits = {}
+    for held in weights_of_ranks:
+        for key, content in held:
+            bits.setdefault(key, []).append(content)
+    assert all(len(set(contents)) == 1 for contents in bits.values())
+    return [len(contents) for contents in bits.values()]
+
+
+@pytest.mark.parametrize("stages", [(0,), (1, 2)])
+def test_copies_train_as_one_expert_with_its_norm_and_stay_the_same_bits(tmp_path, stages):
+    plans = [save_plan(tmp_path / "one", CONTIGUOUS), save_plan(tmp_path / "copies", TWO_RANKS)]
+    results = run_ranks(_train_under, 2, plans, stages, timeout=300)
+    (losses, norms), runs = results[0]
+    assert losses[-1] < losses[0] - 0.1
+    assert min(norms) > CLIP["gradient_clipping"]
+    for number, (found, found_norms, _) in enumerate(runs):
+        assert found == pytest.approx(losses, abs=1e-4)
+        assert found_norms == pytest.approx(norms, rel=1e-4)
+        counts = assert_copies_alike([runs[number][2] for _, runs in results])
+        assert max(counts) == 1 + number % 2
+
+
+@pytest.mark.parametrize("placement", [TWO_RANKS, FOUR_RANKS])
+def test_copies_train_alike_on_four_ranks_in_one_group_and_in_two(tmp_path, placement):
+    plans = [save_plan(tmp_path / "copies", placement)]
+    results = run_ranks(_train_under, 4, plans, (0, 1), timeout=300)
+    (losses, norms), runs = results[0]
+    for number, (found, found_norms, _) in enumerate(runs):
+        assert found == pytest.approx(losses, abs=1e-4)
+        assert found_norms == pytest.approx(norms, rel=1e-4)
+        counts = assert_copies_alike([runs[number][2] for _, runs in results])
+        assert max(counts) == 4  # Twice in each group of two, or in the group of four.
+
+
+def _save_and_go_on(rank, ranks, plan, stage, changes, output):
+    engine = start(tiny_model(), placed_config(plan, stage, **CLIP) | changes)
+    losses = train(engine, data_of(rank, 6))
+    engine.save_checkpoint(str(output))
+    return losses + train(engine, data_of(rank, 12)[6:])
+
+
+def _resume(rank, ranks, plans, stage, changes, checkpoint):
+    losses = []
+    for plan in plans:
+        engine = start(tiny_model(), placed_config(plan, stage, **CLIP) | changes)
+        damage(engine)
+        assert engine.load_checkpoint(str(checkpoint))[0] is not None
+        losses.append(train(engine, data_of(rank, 12)[6:]))
+    return losses, _held(engine)
+
+
+@pytest.mark.parametrize(("stage", "changes"), [(0, {}), (1, {}), (2, {"bf16": {"enabled": True}})])
+def test_checkpoints_load_with_copies_and_without_whichever_they_come_from(
+    tmp_path, stage, changes
+):
+    with_copies, without = (
+        save_plan(tmp_path / name, placement)
+        for name, placement in (("copies", TWO_RANKS), ("single", MIXED))
+    )
+    near = 2e-3 if changes else 1e-5
+    expected = None
+    for plan in (without, with_copies):
+        saved = tmp_path / f"saved {plan.name}"
+        losses = run_ranks(_save_and_go_on, 2, plan, stage, changes, saved)[0]
+        expected = losses if expected is None else expected
+        assert losses == pytest.approx(expected, abs=near)
+        results = run_ranks(_resume, 2, [without, with_copies], stage, changes, saved)
+        for resumed in results[0][0]:
+            assert resumed == pytest.approx(expected[6:], abs=near)
+        assert max(assert_copies_alike([held for _, held in results])) == 2
+
+
+def _accumulate(rank, ranks, plans):
+    changes = CLIP | {"gradient_accumulation_steps": 2}
+    return [
+        train(start(tiny_model(), placed_config(plan, stage) | changes), data_of(rank, 12))
+        for plan, stage in plans
+    ]
+
+
+def test_copies_are_summed_once_where_gradients_accumulate(tmp_path):
+    plan = save_plan(tmp_path / "copies", TWO_RANKS)
+    whole, *found = run_ranks(_accumulate, 2, [(None, 1), (plan, 0), (plan, 1), (plan, 2)])[0]
+    for losses in found:
+        assert losses == pytest.approx(whole, abs=1e-4)
+
+
+def _refusals(rank, ranks, plan, native):
+    with pytest.raises(PlacementError, match="ZeRO 3 keeps pieces of weights"):
+        placed_engine(plan, 3)
+    with pytest.raises(ConfigError, match="mixed precision at ZeRO 0 are not kept"):
+        placed_engine(plan, 0, bf16={"enabled": True})
+    offloaded = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(ConfigError, match="before copies are summed where they are offloaded"):
+        start(
+            tiny_model(),
+            placed_config(plan, zero_force_ds_cpu_optimizer=False)
+            | {"zero_optimization": offloaded},
+        )
+    section = {"replan": {"interval": 5}, "observe": {"output": str(plan / "profile")}}
+    with pytest.raises(ConfigError, match="a new plan would have no copies"):
+        placed_engine(plan, 1, section=section)
+    with pytest.raises(PlacementError, match="gives each rank a module for every expert once"):
+        start(NativeModel(rank, drop_tokens=False), placed_config(native, 1))
+    assert torch.distributed.get_world_size() == ranks
+
+
+def test_where_copies_cannot_be_trained_they_are_refused_with_the_reason(tmp_path):
+    native = save_plan(tmp_path / "native", TWO_RANKS, fingerprint=NATIVE)
+    run_ranks(_refusals, 2, save_plan(tmp_path / "plan", TWO_RANKS), native)
