@@ -103,21 +103,12 @@ class CopySums:
         self._batches = list(_batches(everyone, group.rank()))
         self._device = torch.device("cuda") if dist.get_backend(group) == "nccl" else None
 
-    def sum(self, values: Sequence[Tensor] | None = None) -> None:
+    def sum(self) -> None:
         """Put the sum over all copies in the place of each; collective.
-
-        Args:
-            values: Of every piece, in place, where gradients have memory of their own in each step;
-                None: those that were told.
 
         Raises:
             PeerFailureError: Another rank died or did not answer in time.
         """
-        if values is not None:
-            self._pieces = [
-                dataclasses.replace(piece, values=of_piece)
-                for piece, of_piece in zip(self._pieces, values, strict=True)
-            ]
         for batch in self._batches:
             self._sum(batch)
 

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 import torch
 
 from semantic_ep.errors import ConfigError, PlacementError
+from semantic_ep.integrations.deepspeed.universal import convert_to_universal
 from semantic_ep.plan.placement import Placement
 from tests.distributed.launcher import run_ranks
 from tests.distributed.test_deepspeed_native_placed import FINGERPRINT as NATIVE
@@ -153,6 +154,21 @@ def test_checkpoints_load_with_copies_and_without_whichever_they_come_from(
         for resumed in results[0][0]:
             assert resumed == pytest.approx(expected[6:], abs=near)
         assert max(assert_copies_alike([held for _, held in results])) == 2
+
+
+def test_a_universal_checkpoint_of_a_run_with_copies_has_each_expert_once(tmp_path):
+    with_copies, without = (
+        save_plan(tmp_path / name, placement)
+        for name, placement in (("copies", TWO_RANKS), ("single", MIXED))
+    )
+    saved, universal = tmp_path / "saved", tmp_path / "universal"
+    losses = run_ranks(_save_and_go_on, 2, with_copies, 1, {}, saved)[0]
+    convert_to_universal(saved / (saved / "latest").read_text(), universal / "step")
+    load = {"checkpoint": {"load_universal": True}}
+    results = run_ranks(_resume, 2, [without, with_copies], 2, load, universal)
+    for resumed in results[0][0]:
+        assert resumed == pytest.approx(losses[6:], abs=1e-5)
+    assert max(assert_copies_alike([held for _, held in results])) == 2
 
 
 def _accumulate(rank, ranks, plans):

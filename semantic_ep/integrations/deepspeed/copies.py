@@ -12,7 +12,7 @@ first copy, and experts that move take its state with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class EngineCopies:
         _check(engine)
         self.placed: PlacedExperts = engine.placed_experts
         self._engine = engine
-        self._sums: CopySums | None = None
+        self._sums: _SumsOfStep | None = None
 
     def sum_gradients(self) -> None:
         """Before a step, give the first copy of each expert the sum; collective over all ranks.
@@ -56,8 +56,8 @@ class EngineCopies:
         """
         pieces = list(self._pieces())
         if self._sums is None:
-            self._sums = CopySums(pieces, self._group())
-        self._sums.sum([piece.values for piece in pieces])
+            self._sums = _SumsOfStep(pieces, self._group())
+        self._sums.sum_anew(pieces)
         for piece in pieces:
             if self.placed.placement.copy_of_slot[piece.layer, piece.slot] > 0:
                 piece.values.zero_()
@@ -120,6 +120,16 @@ class EngineCopies:
             everyone: dist.ProcessGroup = dist.group.WORLD
             return everyone
         return groups.expert_parallel
+
+
+class _SumsOfStep(CopySums):
+    """Sums of gradients that have memory of their own in each step."""
+
+    def sum_anew(self, pieces: Sequence[CopyGradient]) -> None:
+        """Sum the same pieces as ever, elsewhere in memory; collective."""
+        assert [piece.place for piece in pieces] == [piece.place for piece in self._pieces]
+        self._pieces = pieces
+        self.sum()
 
 
 def clip_gradients(engine: Any) -> None:
