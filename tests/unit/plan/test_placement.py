@@ -49,6 +49,9 @@ def test_both_maps_agree_for_any_placement_with_replicas_and_empty_slots(data):
             assert len(slots_of) == placement.logical_count[layer, expert]
             on = np.flatnonzero(placement.expert_on_rank[layer, expert])
             assert on.tolist() == sorted({int(s) // placement.slots_per_rank for s in slots_of})
+            copies = placement.copy_of_slot[layer, slots_of]
+            assert copies.tolist() == list(range(len(slots_of)))
+    assert not placement.copy_of_slot[placement.physical_to_logical_map < 0].any()
 
 
 @given(st.integers(1, 4), st.integers(1, 10), st.integers(0, 10**6))
