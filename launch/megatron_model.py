@@ -59,11 +59,7 @@ def model_config(args: argparse.Namespace) -> Any:
 
 def build(args: argparse.Namespace, run: Any, config: Any, *, pad: int) -> Training:
     """Build model, optimizer and schedule, with Megatron's own gradient buffers."""
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig
@@ -100,7 +96,7 @@ def build(args: argparse.Namespace, run: Any, config: Any, *, pad: int) -> Train
         model,
         pg_collection=run.pg_collection,
     )
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = run.finalize_model_grads
     known = {field.name for field in dataclasses.fields(OptimizerConfig)}
     settings = {name: value for name, value in vars(args).items() if name in known}
     settings |= {"optimizer": "adam", "params_dtype": config.params_dtype}

@@ -211,6 +211,8 @@ class Trainer:
     model: object  # All parts of it on this rank, in a module list, with interleaved stages.
     optimizer: object
     schedule: object
+    # Norm of the gradients, and how many of them are zero, of each step.
+    measured: list = dataclasses.field(default_factory=list)
 
     @classmethod
     def build(
@@ -221,8 +223,15 @@ class Trainer:
         distributed_optimizer=False,
         groups=None,
         exchange=None,
+        finalize=None,
+        buffers=None,
         **optimizer,
     ):
+        """Wrap and optimise a model.
+
+        `finalize` is a run's `finalize_model_grads`; None means Megatron's own. `buffers` are
+        further settings of Megatron's gradient buffers.
+        """
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -236,14 +245,16 @@ class Trainer:
             bare = model(config, rows, groups=groups, part=part, exchange=exchange)
             return DistributedDataParallel(
                 config,
-                DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
+                DistributedDataParallelConfig(
+                    use_distributed_optimizer=distributed_optimizer, **(buffers or {})
+                ),
                 Float16Module(config, bare) if config.bf16 else bare,
                 pg_collection=groups and groups.collection,
             )
 
         interleaved = config.virtual_pipeline_model_parallel_size
         parts = [wrapped(part) for part in (range(interleaved) if interleaved else [None])]
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = finalize or finalize_model_grads
         settings = {"optimizer": "adam", "lr": 3e-3, "weight_decay": 0.01, "clip_grad": 1.0}
         settings |= {
             "use_distributed_optimizer": distributed_optimizer,
@@ -266,7 +277,7 @@ class Trainer:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batches, forward_only=False)
-        self.optimizer.step()
+        self.measured.append(self.optimizer.step()[1:])
         return [result["loss"] for result in results]
 
     def evaluate(self, batches):

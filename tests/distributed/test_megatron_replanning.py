@@ -147,7 +147,7 @@ def test_what_cannot_move_is_refused_at_the_start():
 
 
 def test_grouped_experts_are_told_apart_by_the_number_in_their_names():
-    from semantic_ep.integrations.megatron.replanning import rows_of
+    from semantic_ep.integrations.megatron.copies import rows_of
 
     experts = torch.nn.Module()
     experts.num_local_experts = 12
@@ -158,9 +158,9 @@ def test_grouped_experts_are_told_apart_by_the_number_in_their_names():
             linear.register_parameter(
                 f"weight{slot}", torch.nn.Parameter(torch.tensor([slot]) * 1.0)
             )
-    rows = rows_of(experts)
+    rows = rows_of(experts, where="the test")
     assert list(rows) == ["linear_fc1.weight", "linear_fc2.weight"]
     assert [row.item() for row in rows["linear_fc2.weight"]] == list(range(12))
     experts.num_local_experts = 13
     with pytest.raises(ConfigError, match="do not say which slot"):
-        rows_of(experts)
+        rows_of(experts, where="the test")

@@ -6,6 +6,7 @@ In a script that builds a Megatron model:
     run = SemanticRun.prepare(SemanticEPConfig.resolve(args=args), config, vocab_size=...)
     run.seed(seed)                        # in the place of model_parallel_cuda_manual_seed
     model = GPTModel(config, run.place(layer_spec), pg_collection=run.pg_collection, ...)
+    config.finalize_model_grads_func = run.finalize_model_grads
     optimizer = run.optimizer(optimizer_config, [wrapped model])
     observation = run.observe(model)      # then step() after the optimizer, save() at checkpoints
     replanning = run.replan(model, optimizer, observation)    # then step(number) after both

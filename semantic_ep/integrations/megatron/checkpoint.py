@@ -3,11 +3,13 @@
 `dist_checkpointing` stacks the experts of a layer along one axis of a global tensor, at the index
 of their slot. Writing the logical expert instead makes the checkpoint independent of the placement:
 a contiguous one loads into a placed model and back, at any expert-parallel size. The optimizer
-derives its own entries from these, so its state follows.
+derives its own entries from these, so its state follows. Of several copies of an expert the first
+is written, and all are filled when a checkpoint is loaded.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -25,23 +27,36 @@ from semantic_ep.errors import CheckpointError, explain
 _EXPERT_IN_KEY = re.compile(r"(?<=\.experts\.experts\.)\d+(?=\.)")
 
 
-def to_logical_order(entries: Iterable[Any], *, axis: int, slot_to_logical: Sequence[int]) -> None:
-    """Relabel the experts of one layer in place.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotLabels:
+    """What a checkpoint calls the slots of one layer.
+
+    Attributes:
+        axis: Axis of the global tensors along which experts are stacked.
+        expert: [G * S] logical expert of each slot.
+        copy: [G * S] which copy of its expert a slot holds; 0 is written, the others only load.
+    """
+
+    axis: int
+    expert: Sequence[int]
+    copy: Sequence[int]
+
+
+def to_logical_order(entries: Iterable[Any], labels: SlotLabels) -> None:
+    """Relabel the experts of one layer in place, so that tensors are [E, ...] whatever the slots.
 
     Args:
         entries: Values of the layer's sharded state dict that belong to its experts.
-        axis: Axis of the global tensors along which experts are stacked.
-        slot_to_logical: [E] logical expert of each slot.
+        labels: Of the layer's slots.
 
     Raises:
         CheckpointError: An entry is of a kind that carries no expert index.
     """
     for entry in entries:
         if isinstance(entry, ShardedTensorFactory):
-            entry.key = _relabel_key(entry.key, slot_to_logical)
-            entry.build_fn = _relabelling(entry.build_fn, axis, slot_to_logical)
+            entry.build_fn = _relabelling(entry.build_fn, labels)
         elif isinstance(entry, ShardedTensor | ShardedObject):
-            _relabel(entry, axis, slot_to_logical)
+            _relabel(entry, labels)
         else:
             raise CheckpointError(
                 explain(
@@ -86,29 +101,36 @@ def check_optimizer_fits(directory: str | os.PathLike[str], optimizer: Any) -> N
 _SPREAD = {True: "spread", False: "not spread"}
 
 
-def _relabelling(build: Any, axis: int, slot_to_logical: Sequence[int]) -> Any:
+def _relabelling(build: Any, labels: SlotLabels) -> Any:
     """Factories make their tensors late, from an index of their own: relabel what comes out."""
 
     def build_in_logical_order(*args: Any, **kwargs: Any) -> Any:
         built = build(*args, **kwargs)
-        to_logical_order(_leaves(built), axis=axis, slot_to_logical=slot_to_logical)
+        to_logical_order(_leaves(built), labels)
         return built
 
     return build_in_logical_order
 
 
-def _relabel(entry: ShardedTensor | ShardedObject, axis: int, slots: Sequence[int]) -> None:
-    key = _relabel_key(entry.key, slots)
-    if key != entry.key:  # One key an expert: the index is in the name, not in the offset.
-        entry.key = key
-        return
-    offset = list(entry.global_offset)
-    offset[axis] = int(slots[offset[axis]])
-    entry.global_offset = tuple(offset)
+def _relabel(entry: ShardedTensor | ShardedObject, labels: SlotLabels) -> None:
+    named = _EXPERT_IN_KEY.search(entry.key)
+    if named is not None:  # One key an expert: the index is in the name, not in the offset.
+        slot = int(named[0])
+        entry.key = _EXPERT_IN_KEY.sub(str(int(labels.expert[slot])), entry.key)
+    else:
+        slot = entry.global_offset[labels.axis]
+        entry.global_offset = _with(entry.global_offset, labels.axis, int(labels.expert[slot]))
+        experts = int(max(labels.expert)) + 1
+        entry.global_shape = _with(entry.global_shape, labels.axis, experts)
+        if getattr(entry, "axis_fragmentations", None) is not None:
+            entry.axis_fragmentations = _with(entry.axis_fragmentations, labels.axis, experts)
+    # The first place is the pipeline stage's, and 0 for experts; the last one may be set anew.
+    stage, *others = entry.replica_id
+    entry.replica_id = (stage + int(labels.copy[slot]), *others)
 
 
-def _relabel_key(key: str, slots: Sequence[int]) -> str:
-    return _EXPERT_IN_KEY.sub(lambda match: str(int(slots[int(match[0])])), key)
+def _with(values: Sequence[int], place: int, value: int) -> tuple[int, ...]:
+    return (*values[:place], value, *values[place + 1 :])
 
 
 def _leaves(tree: Any) -> list[Any]:

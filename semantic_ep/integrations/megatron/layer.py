@@ -2,7 +2,10 @@
 
 Router, losses, expert bias and checkpoints stay in logical order. Between the router and the
 dispatcher the columns of the routing map move to the slots, so that every upstream dispatcher
-(allgather, alltoall, flex) works unchanged on contiguous slots, and ours in their place.
+(allgather, alltoall, flex) works unchanged on contiguous slots, and ours in their place. With ours
+an expert may have several copies; the tokens of one rank all go to one of them.
+
+Shapes: T tokens, E logical experts, P = G * S physical slots of the expert-parallel group.
 """
 
 from __future__ import annotations
@@ -16,11 +19,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import distributed as dist
 
 from semantic_ep.errors import CheckpointError, ConfigError, PlacementError, explain
-from semantic_ep.integrations.megatron.checkpoint import to_logical_order
+from semantic_ep.integrations.megatron.checkpoint import SlotLabels, to_logical_order
+from semantic_ep.integrations.megatron.copies import (
+    check_copies,
+    check_summed,
+    start_alike,
+    with_slots,
+)
 from semantic_ep.integrations.megatron.dispatcher import Exchange, SemanticTokenDispatcher
+from semantic_ep.plan.cost import nearest_copy
 from semantic_ep.plan.placement import Placement
+from semantic_ep.topology import Topology
 
 # Formats of the distributed optimizer that store its buffers as they lie, so that they follow
 # the slots of a rank and not the experts in them.
@@ -32,21 +44,26 @@ class PlacedLayers:
     """The placement of a model's MoE layers, and which model layers these are.
 
     Attributes:
-        placement: [L, G * S] logical expert of each slot; one copy of each expert, no empty slot.
+        placement: [L, P] logical expert of each slot, no slot empty.
         layer_ids: Model layer index (from 0) of each MoE layer, in the order of the placement.
+        topology: Nodes of all ranks of the job, for the choice between copies; None: one node.
     """
 
     placement: Placement
     layer_ids: tuple[int, ...]
+    topology: Topology | None = None
 
     def __post_init__(self) -> None:
-        slots = self.placement.slots_per_rank * self.placement.ep_size
-        if slots != self.placement.num_experts:
+        empty = np.argwhere(self.placement.physical_to_logical_map < 0)
+        if len(empty):
             raise PlacementError(
                 explain(
-                    "Megatron's dispatchers take exactly one slot an expert",
-                    got=f"{slots} slots for {self.placement.num_experts} experts",
-                    do="Make the plan with --redundant-slots 0 and as many experts on every rank",
+                    "a slot without an expert cannot be trained",
+                    where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
+                    got=f"{len(empty)} empty slots, first layer {empty[0][0]}, slot {empty[0][1]}",
+                    allowed="an expert or a copy of one in every slot",
+                    do="Make the plan with as many experts on every rank, and with "
+                    f"--redundant-slots 0 or a multiple of {self.placement.ep_size}",
                 )
             )
         if len(self.layer_ids) != self.placement.num_layers:
@@ -58,14 +75,14 @@ class PlacedLayers:
                 )
             )
 
-    def slots_of(self, layer_number: int) -> np.ndarray:
-        """[E] logical expert in each slot of a layer.
+    def row_of(self, layer_number: int) -> int:
+        """Row of a layer in the placement.
 
         Args:
             layer_number: Number that Megatron gives the layer; it counts from 1.
         """
         try:
-            row = self.layer_ids.index(layer_number - 1)
+            return self.layer_ids.index(layer_number - 1)
         except ValueError:
             raise PlacementError(
                 explain(
@@ -74,7 +91,26 @@ class PlacedLayers:
                     do="Use a plan that was made for this model",
                 )
             ) from None
-        return self.placement.physical_to_logical_map[row]
+
+    def slots_of(self, layer_number: int) -> np.ndarray:
+        """[P] logical expert in each slot of a layer; see `row_of`."""
+        return self.placement.physical_to_logical_map[self.row_of(layer_number)]
+
+    def serving(self, layer_number: int, group: dist.ProcessGroup) -> np.ndarray:
+        """[P] bool, slots that this rank's own tokens go to, one for each expert.
+
+        Args:
+            layer_number: See `row_of`.
+            group: The EP group.
+        """
+        nodes = None
+        if self.topology is not None:
+            nodes = self.topology.of_ranks(dist.get_process_group_ranks(group)).nodes
+        row = self.row_of(layer_number)
+        slot_E = nearest_copy(self.placement, row, node_of_rank=nodes)[group.rank()]
+        serves = np.zeros(self.placement.physical_to_logical_map.shape[1], dtype=bool)
+        serves[slot_E] = True
+        return serves
 
 
 class SemanticMoELayer(MoELayer):
@@ -93,8 +129,17 @@ class SemanticMoELayer(MoELayer):
     ) -> None:
         """Build the layer; `kwargs` are those that newer releases add to `MoELayer`.
 
-        Without an `exchange` Megatron's own dispatcher sends the tokens.
+        Without an `exchange` Megatron's own dispatcher sends the tokens. With copies of experts
+        this is collective over the expert-parallel group, as is `set_layer_number`.
+
+        Raises:
+            ConfigError: The plan, or something that is set, does not go with the model.
         """
+        copied = placed.placement.has_replicas
+        if copied:
+            check_copies(config, placed.placement, has_exchange=exchange is not None)
+            assert submodules is not None
+            submodules = with_slots(submodules, placed.placement.slots_per_rank)
         super().__init__(
             config,
             submodules=submodules,
@@ -104,7 +149,14 @@ class SemanticMoELayer(MoELayer):
         )
         self.placed = placed
         _check_supported(self, placed.placement)
+        if copied:
+            slots = placed.placement.slots_per_rank
+            self.num_local_experts = slots
+            first = self.ep_group.rank() * slots
+            self.local_expert_indices = list(range(first, first + slots))
+        self._trains_copies = copied
         self.register_buffer("slot_to_logical", None, persistent=False)
+        self.register_buffer("elsewhere", None, persistent=False)
         if exchange is not None:
             theirs = self.token_dispatcher
             self.token_dispatcher = SemanticTokenDispatcher(
@@ -116,12 +168,19 @@ class SemanticMoELayer(MoELayer):
                 slots_per_rank=placed.placement.slots_per_rank,
             )
         if layer_number is not None:
-            self._take_slots(layer_number)
+            self.set_layer_number(layer_number)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Learn which layer of the model this is, and with it which experts its slots hold."""
         super().set_layer_number(layer_number)
         self._take_slots(layer_number)
+        if self._trains_copies:
+            start_alike(
+                self.experts,
+                placement=self.placed.placement,
+                layer=self.placed.row_of(layer_number),
+                group=self.ep_group,
+            )
 
     def take_placement(self, placed: PlacedLayers) -> None:
         """Send tokens by another placement from now on; the experts must have moved."""
@@ -129,10 +188,19 @@ class SemanticMoELayer(MoELayer):
         self._take_slots(self.layer_number)
 
     def route(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route in logical experts and answer in slots: (probs, routing_map), both [T, E]."""
+        """Route in logical experts and answer in slots: (probs, routing_map), both [T, P].
+
+        Raises:
+            ConfigError: Copies of an expert would be trained apart.
+        """
         probs, routing_map = super().route(*args, **kwargs)
         assert self.slot_to_logical is not None, "the layer has no number yet"
-        return probs[:, self.slot_to_logical], routing_map[:, self.slot_to_logical]
+        probs, routing_map = probs[:, self.slot_to_logical], routing_map[:, self.slot_to_logical]
+        if self.elsewhere is None:
+            return probs, routing_map
+        if self.training and torch.is_grad_enabled():
+            check_summed(self.config)
+        return probs.masked_fill(self.elsewhere, 0), routing_map & ~self.elsewhere
 
     def sharded_state_dict(
         self,
@@ -159,16 +227,24 @@ class SemanticMoELayer(MoELayer):
             )
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         experts = f"{prefix}experts."
+        row = self.placed.row_of(self.layer_number)
         to_logical_order(
             [entry for key, entry in state.items() if key.startswith(experts)],
-            axis=len(sharded_offsets),
-            slot_to_logical=self.placed.slots_of(self.layer_number),
+            SlotLabels(
+                axis=len(sharded_offsets),
+                expert=self.placed.placement.physical_to_logical_map[row].tolist(),
+                copy=self.placed.placement.copy_of_slot[row].tolist(),
+            ),
         )
         return state
 
     def _take_slots(self, layer_number: int) -> None:
+        device = next(self.router.parameters()).device
         slots = torch.as_tensor(self.placed.slots_of(layer_number).copy(), dtype=torch.long)
-        self.slot_to_logical = slots.to(next(self.router.parameters()).device)
+        self.slot_to_logical = slots.to(device)
+        if self.placed.placement.has_replicas:
+            serving = self.placed.serving(layer_number, self.ep_group)
+            self.elsewhere = torch.as_tensor(~serving).to(device)
         if isinstance(self.token_dispatcher, SemanticTokenDispatcher):
             self.token_dispatcher.layer = self.placed.layer_ids.index(layer_number - 1)
 

@@ -7,7 +7,6 @@ of all stages change together or not at all.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +16,6 @@ from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
 )
-from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import distributed as dist
 from torch import nn
 
@@ -29,6 +27,7 @@ from semantic_ep.integrations.expert_state import (
     expert_bytes,
     whole_states,
 )
+from semantic_ep.integrations.megatron.copies import rows_of
 from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
 from semantic_ep.integrations.megatron.observation import bare_model
 from semantic_ep.plan.placement import Placement
@@ -36,7 +35,6 @@ from semantic_ep.runtime.exchange import Exchanged, exchange_experts
 from semantic_ep.runtime.groups import topology_of_job
 
 WHERE = "semantic_ep.replan.interval, --semantic-ep-replan-interval"
-_NUMBERED = re.compile(r"(.*?)(\d+)")
 _Prepared = TypeVar("_Prepared")
 
 
@@ -80,7 +78,7 @@ class ModelPlacement:
 
     def expert_bytes(self) -> int:
         """See `PlacedModel`."""
-        rows = [rows_of(layer.experts) for layer in self._layers[:1]]
+        rows = [rows_of(layer.experts, where=WHERE) for layer in self._layers[:1]]
         kinds = agreed_kinds(
             [self._pieces(each) for layer in self._layers for each in layer.experts.parameters()]
         )
@@ -88,7 +86,7 @@ class ModelPlacement:
 
     def move(self, placement: Placement) -> Exchanged:
         """See `PlacedModel`."""
-        rows = [rows_of(layer.experts) for layer in self._layers]
+        rows = [rows_of(layer.experts, where=WHERE) for layer in self._layers]
         pieces = _prepared_by_all(
             lambda: [
                 {name: [self._pieces(each) for each in slots] for name, slots in layer.items()}
@@ -165,37 +163,6 @@ def _prepared_by_all(prepare: Callable[[], _Prepared]) -> _Prepared:
     return prepared
 
 
-def rows_of(experts: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters of a layer's experts by name, one a slot.
-
-    Args:
-        experts: `SequentialMLP`, with a module for each slot, or `TEGroupedMLP`, whose parameters
-            end in the number of their slot.
-    """
-    if isinstance(experts, SequentialMLP):
-        of_slot = [dict(expert.named_parameters()) for expert in experts.local_experts]
-        return {name: [slot[name] for slot in of_slot] for name in of_slot[0]}
-    rows: dict[str, dict[int, nn.Parameter]] = {}
-    for name, parameter in experts.named_parameters():
-        numbered = _NUMBERED.fullmatch(name)
-        if numbered is not None:
-            rows.setdefault(numbered[1], {})[int(numbered[2])] = parameter
-    slots = range(experts.num_local_experts)
-    found = {name: sorted(of_slots) for name, of_slots in rows.items()}
-    if len(list(experts.parameters())) != len(rows) * len(slots) or any(
-        numbers != list(slots) for numbers in found.values()
-    ):
-        raise ConfigError(
-            explain(
-                f"the parameters of {type(experts).__name__} do not say which slot they are of",
-                where=WHERE,
-                got=str([name for name, _ in experts.named_parameters()]),
-                do="Build the experts with one parameter for each of them, or unset it",
-            )
-        )
-    return {name: [of_slots[slot] for slot in slots] for name, of_slots in rows.items()}
-
-
 def _trains(optimizer: Any, parameter: nn.Parameter) -> bool:
     main = getattr(parameter, "main_param", parameter)
     return any(main is each for group in optimizer.param_groups for each in group["params"])
@@ -240,7 +207,7 @@ def _check(
                 do="Build it from the spec that SemanticRun.place returns, or unset it",
             )
         )
-    for name, obstacle in _obstacles(parts, optimizers):
+    for name, obstacle in _obstacles(parts, placed.placement, optimizers):
         if obstacle:
             raise ConfigError(
                 explain(
@@ -252,9 +219,12 @@ def _check(
             )
 
 
-def _obstacles(parts: Sequence[nn.Module], optimizers: Sequence[Any]) -> Iterator[tuple[str, bool]]:
-    """Flags, or kinds of optimizer, and whether the run has them."""
+def _obstacles(
+    parts: Sequence[nn.Module], placement: Placement, optimizers: Sequence[Any]
+) -> Iterator[tuple[str, bool]]:
+    """Flags, or kinds of plan or optimizer, and whether the run has them."""
     wrapper = getattr(parts[0], "ddp_config", None)
+    yield "a plan with copies of experts", placement.has_replicas
     yield "--fp8-format", bool(getattr(bare_model(parts[0]).config, "fp8", None))
     yield "--overlap-param-gather", bool(getattr(wrapper, "overlap_param_gather", False))
     instances = getattr(wrapper, "num_distributed_optimizer_instances", 1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -17,6 +19,7 @@ from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.megatron.dispatcher import Exchange
+from semantic_ep.integrations.megatron.gradients import FinalizeWithCopies
 from semantic_ep.integrations.megatron.groups import SemanticExpertGroup
 from semantic_ep.integrations.megatron.layer import PlacedLayers
 from semantic_ep.integrations.megatron.observation import ModelObservation
@@ -25,6 +28,7 @@ from semantic_ep.integrations.megatron.specs import place_experts
 from semantic_ep.integrations.replanning import Replanning, check_settings
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
+from semantic_ep.runtime.groups import topology_of_job
 
 ARCHITECTURE = "megatron_gpt"
 
@@ -64,7 +68,8 @@ class SemanticRun:
     ) -> Self:
         """Read the plan, if one is set, check that it is for this model, and form groups.
 
-        Collective where `semantic_ep.groups.scope` is set; Megatron's own groups must exist.
+        Collective where `semantic_ep.groups.scope` is set or the plan has copies of experts;
+        Megatron's own groups must exist.
 
         Args:
             config: `SemanticEPConfig.resolve(args=...)` of the parsed command line.
@@ -90,7 +95,14 @@ class SemanticRun:
         if config.enabled and config.plan.artifact != "auto":
             plan = Plan.read(config.plan.artifact)
             fingerprint.check(plan.fingerprint, what=f"the plan {config.plan.artifact}")
-            placed = PlacedLayers(placement=plan.placement, layer_ids=fingerprint.layer_ids)
+            copied = plan.placement.has_replicas
+            if copied:
+                _check_copies_stay(config)
+            placed = PlacedLayers(
+                placement=plan.placement,
+                layer_ids=fingerprint.layer_ids,
+                topology=topology_of_job() if copied else None,
+            )
         exchange = contiguous = None
         if config.enabled and config.dispatch.backend != "auto":
             exchange = Exchange(config.dispatch.backend, num_layers=len(fingerprint.layer_ids))
@@ -118,6 +130,12 @@ class SemanticRun:
     def pg_collection(self) -> ProcessGroupCollection | None:
         """For `GPTModel` and `DistributedDataParallel`; None where Megatron's own are used."""
         return None if self.groups is None else self.groups.collection
+
+    @functools.cached_property
+    def finalize_model_grads(self) -> Callable[..., None]:
+        """For `config.finalize_model_grads_func`: Megatron's own, or it and the sum over copies."""
+        copied = self.placed is not None and self.placed.placement.has_replicas
+        return FinalizeWithCopies() if copied else finalize_model_grads
 
     def seed(self, seed: int) -> None:
         """Seed Megatron's random states, as `model_parallel_cuda_manual_seed` does."""
@@ -233,3 +251,16 @@ def _check_settings(config: SemanticEPConfig, model: TransformerConfig) -> None:
         )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
+
+
+def _check_copies_stay(config: SemanticEPConfig) -> None:
+    if config.replan.interval != "auto":
+        raise ConfigError(
+            explain(
+                "a new plan would have no copies of experts, and those of this one cannot leave",
+                where="semantic_ep.replan.interval, --semantic-ep-replan-interval",
+                got=f"{config.replan.interval}, with copies in {config.plan.artifact}",
+                allowed='"auto", or a plan made with --redundant-slots 0',
+                do="Unset it, and resume from a checkpoint under another plan instead",
+            )
+        )
