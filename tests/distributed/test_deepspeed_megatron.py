@@ -7,10 +7,11 @@ import pytest
 pytest.importorskip("deepspeed")
 pytest.importorskip("megatron.core")
 
-from semantic_ep.errors import CheckpointError, ConfigError
+from semantic_ep.errors import CheckpointError, ConfigError, PlacementError
 from tests.distributed import megatron_tiny as tiny
 from tests.distributed.launcher import run_ranks
 from tests.distributed.test_megatron import ROWS
+from tests.distributed.test_megatron_copies import ON_TWO, with_copies
 
 pytestmark = pytest.mark.distributed
 
@@ -127,6 +128,18 @@ def _refused(rank, ranks):
     tiny.start(tensor_parallel=2, expert_parallel=1)
     with pytest.raises(ConfigError, match="--tensor-model-parallel-size"):
         adopt_experts(tiny.model(tiny.config()))
+
+
+def _refused_with_copies(rank, ranks):
+    from semantic_ep.integrations.deepspeed.megatron import adopt_experts
+
+    tiny.start()
+    with pytest.raises(PlacementError, match="DeepSpeed does not sum their gradients"):
+        adopt_experts(with_copies(tiny.config(), ON_TWO).model.module)
+
+
+def test_copies_of_experts_are_refused():
+    run_ranks(_refused_with_copies, 2)
 
 
 def test_a_model_that_deepspeed_cannot_reduce_is_refused():

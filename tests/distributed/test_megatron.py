@@ -91,12 +91,12 @@ def _errors(rank, world_size):
             call()
         messages.append(str(caught.value))
 
-    replicated = Placement(
-        physical_to_logical_map=np.array([[0, 1, 2, 3, 4, 5, 6, 7, 0, 1]] * 2),
+    uneven = Placement(
+        physical_to_logical_map=np.array([[0, 1, 2, 3, 4, 5, 6, 7, -1, -1]] * 2),
         num_experts=8,
         ep_size=2,
     )
-    expect(PlacementError, lambda: PlacedLayers(placement=replicated, layer_ids=(0, 1)))
+    expect(PlacementError, lambda: PlacedLayers(placement=uneven, layer_ids=(0, 1)))
     narrow = Placement.contiguous(num_layers=2, num_experts=8, ep_size=2)
     expect(PlacementError, lambda: PlacedLayers(placement=narrow, layer_ids=(0, 1, 2)))
     expect(ConfigError, lambda: tiny.model(tiny.config(mtp_num_layers=1), ROWS))

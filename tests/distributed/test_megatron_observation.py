@@ -16,6 +16,7 @@ from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.traces import RoutingTrace
 from tests.distributed import megatron_tiny as tiny
 from tests.distributed.launcher import run_ranks
+from tests.distributed.test_megatron_copies import ON_TWO, with_copies
 
 pytestmark = pytest.mark.distributed
 
@@ -36,6 +37,7 @@ class Case:
     layers: int = 2
     recompute: bool = False
     placed: bool = False
+    copied: bool = False
     graphed: bool = False
     grouped: bool = False
 
@@ -145,8 +147,11 @@ def _run(rank, world_size, directory, case):
             "moe_router_group_topk": GROUPS_OF_TOKEN,
             "moe_router_load_balancing_type": "none",
         }
-    rows = ROWS[: case.layers] if case.placed else None
-    trainer = tiny.Trainer.build(tiny.config(**changes), rows)
+    if case.copied:
+        trainer = with_copies(tiny.config(**changes), ON_TWO)
+    else:
+        rows = ROWS[: case.layers] if case.placed else None
+        trainer = tiny.Trainer.build(tiny.config(**changes), rows)
     if case.grouped:
         for module in trainer.model.modules():
             if getattr(module, "expert_bias", None) is not None:
@@ -220,11 +225,12 @@ def _trace_by_hand(everyone, fingerprint):
     [
         Case(grouped=True),
         Case(tensor=2, recompute=True, placed=True),
+        Case(recompute=True, copied=True),
         Case(ranks=4, pipeline=2, layers=4, recompute=True, placed=True),
         Case(ranks=4, pipeline=2, interleaved=2, layers=4, recompute=True, graphed=True),
         Case(ranks=4, context=2),
     ],
-    ids=["data", "sequence", "pipeline", "interleaved", "context"],
+    ids=["data", "sequence", "copies", "pipeline", "interleaved", "context"],
 )
 def test_a_profile_counts_every_training_token_once_with_its_logical_experts(tmp_path, case):
     everyone = run_ranks(_run, case.ranks, tmp_path, case, timeout=300)[0]

@@ -9,7 +9,12 @@ from __future__ import annotations
 from torch import nn
 
 from semantic_ep.errors import ConfigError, explain
-from semantic_ep.integrations.deepspeed.placing import expert_group, group_name, register_groups
+from semantic_ep.integrations.deepspeed.placing import (
+    expert_group,
+    group_name,
+    refuse_copies,
+    register_groups,
+)
 from semantic_ep.runtime.groups import ProcessGroups
 
 
@@ -25,6 +30,7 @@ def adopt_experts(model: nn.Module) -> None:
 
     Raises:
         ConfigError: The model has no experts, or is spread in a way that DeepSpeed does not reduce.
+        PlacementError: It was built under a plan with copies of experts.
     """
     from megatron.core import parallel_state
 
@@ -44,6 +50,10 @@ def adopt_experts(model: nn.Module) -> None:
                     do="Train with Megatron's own optimizer, or without this parallelism",
                 )
             )
+    for module in model.modules():
+        placed = getattr(module, "placed", None)  # Of the layers that a plan places.
+        if placed is not None:
+            refuse_copies(placed.placement)
     # Megatron marks experts as DeepSpeed does.
     experts = [p for p in model.parameters() if not getattr(p, "allreduce", True)]
     if not experts:

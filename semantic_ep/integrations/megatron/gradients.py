@@ -48,11 +48,11 @@ class FinalizeWithCopies:
             ConfigError: Gradients are kept in a way that copies cannot be summed in.
             PeerFailureError: Another rank died or did not answer in time.
         """
-        finalize_model_grads(list(model), *args, **kwargs)
         if self._sums is None or [*model] != self._chunks:
             _check(model)
             group = _group(model[0])
             self._sums, self._chunks = CopySums(list(_gradients(model)), group), [*model]
+        finalize_model_grads(list(model), *args, **kwargs)
         self._sums.sum()
 
 
