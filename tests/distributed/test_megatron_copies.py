@@ -137,23 +137,23 @@ def _runs(rank, ranks, directory, case):
         Case(4, ON_TWO, 2, divided=True, overlap=True),
         # Plain descent shows gradients of a wrong scale, which Adam hides.
         Case(
-            8,
+            4,
             ON_STAGES,
             2,
             pipeline=2,
-            divided=True,
-            steps=6,
+            steps=8,
             optimizer={"optimizer": "sgd", "lr": 0.1, "sgd_momentum": 0.5},
         ),
     ],
-    ids=["2", "2-divided", "4", "4-in-2-groups-divided", "8-in-2-stages-divided"],
+    ids=["2", "2-divided", "4", "4-in-2-groups-divided", "4-in-2-stages"],
 )
 def test_copies_train_alike_with_the_losses_and_norms_of_single_experts(tmp_path, case):
     for (straight, losses), ends, measured in run_ranks(
         _runs, case.ranks, tmp_path, case, timeout=550
     ):
         if straight:
-            assert straight[-4] < straight[0] - 0.01
+            half = len(straight) // 2
+            assert np.mean(straight[half:]) < np.mean(straight[:half]) - 0.01
         np.testing.assert_allclose(losses, straight, atol=1e-4)
         for end in ends[1:]:
             np.testing.assert_allclose(end, ends[0], atol=1e-4)

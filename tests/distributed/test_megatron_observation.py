@@ -225,7 +225,7 @@ def _trace_by_hand(everyone, fingerprint):
     [
         Case(grouped=True),
         Case(tensor=2, recompute=True, placed=True),
-        Case(recompute=True, copied=True),
+        Case(tensor=2, recompute=True, copied=True),
         Case(ranks=4, pipeline=2, layers=4, recompute=True, placed=True),
         Case(ranks=4, pipeline=2, interleaved=2, layers=4, recompute=True, graphed=True),
         Case(ranks=4, context=2),

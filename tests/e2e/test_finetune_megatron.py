@@ -71,7 +71,7 @@ def rows(output):
 
 
 def test_a_run_resumed_under_a_plan_goes_on_as_if_nothing_had_moved(corpus, tmp_path):
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    whole = tmp_path / "whole"
     observe = "--semantic-ep-observe-output"
     done = finetune(corpus, whole, observe, str(whole / "profile"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -82,29 +82,34 @@ def test_a_run_resumed_under_a_plan_goes_on_as_if_nothing_had_moved(corpus, tmp_
     assert (profile.load.sum(axis=1) == 2 * profile.tokens).all()
     assert profile.token_count[:2].sum() == 0  # Neither padding nor absent ends of text.
 
-    shuffled = [np.random.default_rng(layer).permutation(EXPERTS) for layer in range(LAYERS)]
-    placement = Placement(
-        physical_to_logical_map=np.stack(shuffled), num_experts=EXPERTS, ep_size=2
-    )
-    Plan(
-        placement=placement,
-        schedule=Schedule.from_profile(profile, placement),
-        verdict={},
-        fingerprint=profile.fingerprint,
-    ).save(tmp_path / "plan")
-    half = whole / "checkpoint"
-    (half / "latest_checkpointed_iteration.txt").write_text("6")
-    done = finetune(
-        *(corpus, moved, observe, str(moved / "profile"), "--load", str(half)),
-        *("--semantic-ep-plan-artifact", str(tmp_path / "plan")),
-        *("--semantic-ep-groups-scope", "node"),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert rows(moved)[-1]["loss"] == pytest.approx(losses[-1], abs=1e-4)
-    again = RoutingProfile.read(moved / "profile")
-    np.testing.assert_array_equal(again.load, profile.load)
-    np.testing.assert_array_equal(again.coactivation, profile.coactivation)
-    assert again.tokens == profile.tokens
+    shuffled = np.stack([np.random.default_rng(n).permutation(EXPERTS) for n in range(LAYERS)])
+    # Each rank also has a copy of the other's first expert.
+    by_rank = shuffled.reshape(LAYERS, 2, -1)
+    copied = np.concatenate([by_rank, by_rank[:, ::-1, :1]], axis=2).reshape(LAYERS, -1)
+    (whole / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("6")
+    for table, *arguments in (
+        (shuffled, "--semantic-ep-groups-scope", "node"),
+        (copied, "--semantic-ep-dispatch-backend", "torch"),
+    ):
+        placement = Placement(physical_to_logical_map=table, num_experts=EXPERTS, ep_size=2)
+        moved = tmp_path / str(placement.slots_per_rank)
+        Plan(
+            placement=placement,
+            schedule=Schedule.from_profile(profile, placement),
+            verdict={},
+            fingerprint=profile.fingerprint,
+        ).save(moved / "plan")
+        done = finetune(
+            *(corpus, moved, observe, str(moved / "profile"), "--load", str(whole / "checkpoint")),
+            *("--semantic-ep-plan-artifact", str(moved / "plan")),
+            *arguments,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert rows(moved)[-1]["loss"] == pytest.approx(losses[-1], abs=1e-4)
+        again = RoutingProfile.read(moved / "profile")
+        np.testing.assert_array_equal(again.load, profile.load)
+        np.testing.assert_array_equal(again.coactivation, profile.coactivation)
+        assert again.tokens == profile.tokens
 
 
 def test_a_trained_model_is_one_of_transformers_and_is_trained_on_from_there(

@@ -132,9 +132,28 @@ def test_sharded_entries_carry_the_fields_that_are_relabelled():
         ShardedTensorFactory,
     )
 
-    assert {"key", "global_offset"} <= parameters(ShardedTensor)
-    assert {"key", "global_offset"} <= parameters(ShardedObject)
+    relabelled = {"key", "global_offset", "global_shape", "replica_id"}
+    assert {*relabelled, "axis_fragmentations"} <= parameters(ShardedTensor)
+    assert relabelled <= parameters(ShardedObject)
     assert {"key", "build_fn"} <= parameters(ShardedTensorFactory)
+
+
+def test_gradients_of_copies_are_found_where_they_are_summed():
+    from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.module import param_is_not_shared
+
+    assert parameters_in_order(finalize_model_grads)[0] == "model"
+    assert "finalize_model_grads_func" in parameters(ModelParallelConfig)
+    assert list(parameters(DistributedOptimizer._build_gbuf_range_map)) == ["param_and_grad_buffer"]
+    buffers = inspect.getsource(DistributedDataParallel.__init__)
+    for name in ("expert_parallel_buffers", "ep_group", "expt_dp_group", "ddp_config"):
+        assert f"self.{name}" in buffers, name
+    weight = torch.nn.Parameter(torch.zeros(1))
+    assert param_is_not_shared(weight)
+    weight.shared = True
+    assert not param_is_not_shared(weight)
 
 
 def test_the_layer_spec_describes_its_moe_layer_in_a_form_that_is_understood():
