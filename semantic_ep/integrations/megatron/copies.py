@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import distributed as dist
 from torch import nn
@@ -118,7 +118,8 @@ def with_slots(submodules: MoESubmodules, slots: int) -> MoESubmodules:
     """
     theirs = submodules.experts
     if isinstance(theirs, ModuleSpec):
-        experts = dataclasses.replace(theirs, module=_of_slots(theirs.module, slots))
+        kind = theirs.module if isinstance(theirs.module, type) else import_module(theirs.module)
+        experts = dataclasses.replace(theirs, module=_of_slots(kind, slots))
     elif isinstance(theirs, type):
         experts = _of_slots(theirs, slots)
     else:
