@@ -8,13 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from semantic_ep.errors import ConfigError, explain
-from semantic_ep.integrations.deepspeed.placing import (
-    expert_group,
-    group_name,
-    refuse_copies,
-    register_groups,
-)
+from semantic_ep.errors import ConfigError, PlacementError, explain
+from semantic_ep.integrations.deepspeed.placing import expert_group, group_name, register_groups
 from semantic_ep.runtime.groups import ProcessGroups
 
 
@@ -52,8 +47,17 @@ def adopt_experts(model: nn.Module) -> None:
             )
     for module in model.modules():
         placed = getattr(module, "placed", None)  # Of the layers that a plan places.
-        if placed is not None:
-            refuse_copies(placed.placement)
+        if placed is not None and placed.placement.has_replicas:
+            raise PlacementError(
+                explain(
+                    "copies of one expert would be trained apart: a DeepSpeed engine sums their "
+                    "gradients in Hugging Face models alone",
+                    where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
+                    got="a Megatron model under a plan with copies of experts",
+                    do="Train with Megatron's own optimizer, or make the plan with "
+                    "--redundant-slots 0",
+                )
+            )
     # Megatron marks experts as DeepSpeed does.
     experts = [p for p in model.parameters() if not getattr(p, "allreduce", True)]
     if not experts:

@@ -176,19 +176,6 @@ def create_groups(
     return groups, made
 
 
-def refuse_copies(placement: Placement) -> None:
-    """Raise `PlacementError` if an expert has several copies."""
-    if placement.has_replicas:
-        raise PlacementError(
-            explain(
-                "copies of one expert would be trained apart: DeepSpeed does not sum their "
-                "gradients",
-                where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
-                do="Make a plan for training without --redundant-slots",
-            )
-        )
-
-
 def rows_of_slots(whole: Tensor, held_S: np.ndarray) -> Tensor:
     """[S, ...] rows of a tensor [E, ...] for the experts in slots; zeros for empty ones."""
     held = torch.tensor(held_S, dtype=torch.long, device=whole.device)

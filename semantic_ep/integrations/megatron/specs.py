@@ -62,8 +62,7 @@ def place_experts(
         result.layer_specs = [of_layer(layer) for layer in spec.layer_specs]
     else:
         result = of_layer(spec)
-    staged = parallel_state.get_pipeline_model_parallel_world_size() > 1
-    if not replaced and not (staged and isinstance(spec, TransformerBlockSubmodules)):
+    if not replaced and not _may_be_dense_stage(spec):
         raise ConfigError(
             explain(
                 "the layer spec has no MoE layer to place",
@@ -72,6 +71,11 @@ def place_experts(
             )
         )
     return result
+
+
+def _may_be_dense_stage(spec: Any) -> bool:
+    staged = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    return staged and isinstance(spec, TransformerBlockSubmodules)
 
 
 def _placed(
