@@ -180,6 +180,23 @@ def test_the_layer_spec_describes_its_moe_layer_in_a_form_that_is_understood():
     assert built(spec) is MoELayer
 
 
+def test_a_spec_without_an_moe_layer_is_refused_before_there_are_groups_too():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from semantic_ep.errors import ConfigError
+    from semantic_ep.integrations.megatron import PlacedLayers, place_experts
+    from semantic_ep.plan.placement import Placement
+
+    placed = PlacedLayers(
+        placement=Placement.contiguous(num_layers=1, num_experts=4, ep_size=2), layer_ids=(0,)
+    )
+    dense = get_gpt_layer_local_spec(normalization="RMSNorm")
+    for spec in (dense, TransformerBlockSubmodules(layer_specs=[dense])):
+        with pytest.raises(ConfigError, match="no MoE layer to place"):
+            place_experts(spec, placed)
+
+
 def test_groups_in_the_order_of_ranks_are_those_of_the_installed_release():
     from megatron.core import parallel_state
 

@@ -74,8 +74,11 @@ def place_experts(
 
 
 def _may_be_dense_stage(spec: Any) -> bool:
-    staged = parallel_state.get_pipeline_model_parallel_world_size() > 1
-    return staged and isinstance(spec, TransformerBlockSubmodules)
+    return (
+        isinstance(spec, TransformerBlockSubmodules)
+        and parallel_state.model_parallel_is_initialized()
+        and parallel_state.get_pipeline_model_parallel_world_size() > 1
+    )
 
 
 def _placed(
