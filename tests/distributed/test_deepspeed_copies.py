@@ -32,8 +32,13 @@ from tests.distributed.test_deepspeed_training import start, tiny_model
 pytestmark = pytest.mark.distributed
 
 STEPS = 24
+# At ZeRO 3 half of the experts' parameters are kept whole, and half are in pieces.
+IN_PIECES = {"stage": 3, "stage3_param_persistence_threshold": 4000}
 # The norm of gradients is above this in every step.
 CLIP = {"gradient_clipping": 0.2}
+
+
+BF16 = {"bf16": {"enabled": True}}
 
 
 def copies(*rows, ep_size):
@@ -52,12 +57,20 @@ FOUR_RANKS = copies(
 )
 
 
+def _gathered(parameter):
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        return parameter.detach().clone()
+
+
 def _held(engine):
     """(layer, name, expert) -> bits of the weights in each slot of this rank."""
     placed = engine.placed_experts
     return [
-        ((layer, name, expert), parameter.detach()[slot].view(torch.uint8).numpy().tobytes())
+        ((layer, name, expert), weights[slot].view(torch.uint8).numpy().tobytes())
         for name, layer, parameter in placed.parameters(engine.module)
+        for weights in [_gathered(parameter)]
         for slot, expert in enumerate(placed.held_S(layer).tolist())
         if expert >= 0
     ]
@@ -72,12 +85,17 @@ def _train(engine, rank, steps=STEPS):
     return losses, norms
 
 
+def _config(plan, stage, changes=None):
+    config = placed_config(plan, stage, **CLIP) | (changes or {})
+    return config | ({"zero_optimization": IN_PIECES} if stage == 3 else {})
+
+
 def _train_under(rank, ranks, plans, stages):
     whole = _train(placed_engine(None, 1, **CLIP), rank)
     runs = []
     for stage in stages:
         for plan in plans:
-            engine = placed_engine(plan, stage, **CLIP)
+            engine = start(tiny_model(), _config(plan, stage))
             runs.append((*_train(engine, rank), _held(engine)))
     return whole, runs
 
@@ -92,7 +110,7 @@ def assert_copies_alike(weights_of_ranks):
     return [len(contents) for contents in bits.values()]
 
 
-@pytest.mark.parametrize("stages", [(0,), (1, 2)])
+@pytest.mark.parametrize("stages", [(0,), (1, 2), (3,)])
 def test_copies_train_as_one_expert_with_its_norm_and_stay_the_same_bits(tmp_path, stages):
     plans = [save_plan(tmp_path / "one", CONTIGUOUS), save_plan(tmp_path / "copies", TWO_RANKS)]
     results = run_ranks(_train_under, 2, plans, stages, timeout=300)
@@ -106,10 +124,11 @@ def test_copies_train_as_one_expert_with_its_norm_and_stay_the_same_bits(tmp_pat
         assert max(counts) == 1 + number % 2
 
 
+@pytest.mark.parametrize("stages", [(0, 1), (3,)])
 @pytest.mark.parametrize("placement", [TWO_RANKS, FOUR_RANKS])
-def test_copies_train_alike_on_four_ranks_in_one_group_and_in_two(tmp_path, placement):
+def test_copies_train_alike_on_four_ranks_in_one_group_and_in_two(tmp_path, placement, stages):
     plans = [save_plan(tmp_path / "copies", placement)]
-    results = run_ranks(_train_under, 4, plans, (0, 1), timeout=300)
+    results = run_ranks(_train_under, 4, plans, stages, timeout=300)
     (losses, norms), runs = results[0]
     for number, (found, found_norms, _) in enumerate(runs):
         assert found == pytest.approx(losses, abs=1e-4)
@@ -119,7 +138,7 @@ def test_copies_train_alike_on_four_ranks_in_one_group_and_in_two(tmp_path, plac
 
 
 def _save_and_go_on(rank, ranks, plan, stage, changes, output):
-    engine = start(tiny_model(), placed_config(plan, stage, **CLIP) | changes)
+    engine = start(tiny_model(), _config(plan, stage, changes))
     losses = train(engine, data_of(rank, 6))
     engine.save_checkpoint(str(output))
     return losses + train(engine, data_of(rank, 12)[6:])
@@ -128,14 +147,14 @@ def _save_and_go_on(rank, ranks, plan, stage, changes, output):
 def _resume(rank, ranks, plans, stage, changes, checkpoint):
     losses = []
     for plan in plans:
-        engine = start(tiny_model(), placed_config(plan, stage, **CLIP) | changes)
+        engine = start(tiny_model(), _config(plan, stage, changes))
         damage(engine)
         assert engine.load_checkpoint(str(checkpoint))[0] is not None
         losses.append(train(engine, data_of(rank, 12)[6:]))
     return losses, _held(engine)
 
 
-@pytest.mark.parametrize(("stage", "changes"), [(0, {}), (1, {}), (2, {"bf16": {"enabled": True}})])
+@pytest.mark.parametrize(("stage", "changes"), [(0, {}), (1, {}), (2, BF16), (3, BF16)])
 def test_checkpoints_load_with_copies_and_without_whichever_they_come_from(
     tmp_path, stage, changes
 ):
@@ -147,10 +166,11 @@ def test_checkpoints_load_with_copies_and_without_whichever_they_come_from(
     expected = None
     for plan in (without, with_copies):
         saved = tmp_path / f"saved {plan.name}"
-        losses = run_ranks(_save_and_go_on, 2, plan, stage, changes, saved)[0]
+        losses = run_ranks(_save_and_go_on, 2, plan, stage, changes, saved, timeout=300)[0]
         expected = losses if expected is None else expected
         assert losses == pytest.approx(expected, abs=near)
-        results = run_ranks(_resume, 2, [without, with_copies], stage, changes, saved)
+        both = [without, with_copies]
+        results = run_ranks(_resume, 2, both, stage, changes, saved, timeout=300)
         for resumed in results[0][0]:
             assert resumed == pytest.approx(expected[6:], abs=near)
         assert max(assert_copies_alike([held for _, held in results])) == 2
@@ -172,32 +192,33 @@ def test_a_universal_checkpoint_of_a_run_with_copies_has_each_expert_once(tmp_pa
 
 
 def _accumulate(rank, ranks, plans):
-    changes = CLIP | {"gradient_accumulation_steps": 2}
+    changes = {"gradient_accumulation_steps": 2}
     return [
-        train(start(tiny_model(), placed_config(plan, stage) | changes), data_of(rank, 12))
+        train(start(tiny_model(), _config(plan, stage, changes)), data_of(rank, 12))
         for plan, stage in plans
     ]
 
 
 def test_copies_are_summed_once_where_gradients_accumulate(tmp_path):
     plan = save_plan(tmp_path / "copies", TWO_RANKS)
-    whole, *found = run_ranks(_accumulate, 2, [(None, 1), (plan, 0), (plan, 1), (plan, 2)])[0]
+    whole, *found = run_ranks(_accumulate, 2, [(None, 1), *((plan, stage) for stage in range(4))])[
+        0
+    ]
     for losses in found:
         assert losses == pytest.approx(whole, abs=1e-4)
 
 
 def _refusals(rank, ranks, plan, native):
-    with pytest.raises(PlacementError, match="ZeRO 3 keeps pieces of weights"):
-        placed_engine(plan, 3)
     with pytest.raises(ConfigError, match="mixed precision at ZeRO 0 are not kept"):
         placed_engine(plan, 0, bf16={"enabled": True})
-    offloaded = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
-    with pytest.raises(ConfigError, match="before copies are summed where they are offloaded"):
-        start(
-            tiny_model(),
-            placed_config(plan, zero_force_ds_cpu_optimizer=False)
-            | {"zero_optimization": offloaded},
-        )
+    for stage in (1, 3):
+        offloaded = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+        with pytest.raises(ConfigError, match="before copies are summed where they are offloaded"):
+            start(
+                tiny_model(),
+                placed_config(plan, zero_force_ds_cpu_optimizer=False)
+                | {"zero_optimization": offloaded},
+            )
     section = {"replan": {"interval": 5}, "observe": {"output": str(plan / "profile")}}
     with pytest.raises(ConfigError, match="a new plan would have no copies"):
         placed_engine(plan, 1, section=section)

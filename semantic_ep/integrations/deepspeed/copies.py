@@ -12,7 +12,7 @@ first copy, and experts that move take its state with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from semantic_ep.errors import ConfigError, explain
+from semantic_ep.integrations.deepspeed.optimizer_state import full_shape
 from semantic_ep.integrations.deepspeed.placing import PlacedExperts
+from semantic_ep.integrations.deepspeed.replanning import without_padding
 from semantic_ep.runtime.copies import CopyGradient, CopySums
 from semantic_ep.runtime.exchange import fill_copies
 
@@ -47,6 +49,14 @@ class EngineCopies:
         self.placed: PlacedExperts = engine.placed_experts
         self._engine = engine
         self._sums: _SumsOfStep | None = None
+        self._weights: _SumsOfStep | None = None
+        zero, partitioned = engine.optimizer, engine.zero_optimization_partition_weights()
+        # Where ZeRO 3 has the gradient of a parameter.
+        self._place = {
+            id(parameter): (group, index)
+            for group, parameters in enumerate(zero.fp16_groups if partitioned else ())
+            for index, parameter in enumerate(parameters)
+        }
 
     def sum_gradients(self) -> None:
         """Before a step, give the first copy of each expert the sum; collective over all ranks.
@@ -54,20 +64,23 @@ class EngineCopies:
         Raises:
             PeerFailureError: Another rank died or did not answer in time.
         """
-        pieces = list(self._pieces())
+        pieces = list(self._pieces(self._reduced))
         if self._sums is None:
             self._sums = _SumsOfStep(pieces, self._group())
         self._sums.sum_anew(pieces)
         for piece in pieces:
-            if self.placed.placement.copy_of_slot[piece.layer, piece.slot] > 0:
+            if self._follows(piece):
                 piece.values.zero_()
 
     def follow(self) -> None:
-        """Give all copies of an expert the weights of the first; collective over the EP group.
+        """Give all copies of an expert the weights of the first; collective over all ranks.
 
         Raises:
             PeerFailureError: Another rank died or did not answer in time.
         """
+        if self._engine.zero_optimization_partition_weights():
+            self._follow_in_pieces()
+            return
         of_layer: dict[int, dict[str, Tensor]] = {}
         for name, layer, parameter in self.placed.parameters(self._engine.module):
             of_layer.setdefault(layer, {})[name] = parameter.data
@@ -79,27 +92,51 @@ class EngineCopies:
                 group=self.placed.process_groups.expert_parallel,
             )
 
-    def _pieces(self) -> Iterator[CopyGradient]:
-        """What this rank has of the reduced gradients of copies."""
+    def _follow_in_pieces(self) -> None:
+        """At ZeRO 3 the pieces of a slot are other than those of another: add them to zeros."""
+        zero = self._engine.optimizer
+        trained = [p for *_, p in self.placed.parameters(self._engine.module)]
+        # What is kept whole would not learn of another piece.
+        whole = any(parameter.data.numel() == parameter.ds_numel for parameter in trained)
+        if whole:
+            zero.checkpoint_event_prologue()
+        pieces = list(self._pieces(_piece_of_weights))
+        for piece in pieces:
+            if self._follows(piece):
+                piece.values.zero_()
+        if self._weights is None:
+            self._weights = _SumsOfStep(pieces, self._group())
+        self._weights.sum_anew(pieces)
+        if whole:
+            zero.checkpoint_event_epilogue()
+
+    def _follows(self, piece: CopyGradient) -> bool:
+        """Whether a slot has a copy that is not the first."""
+        return bool(self.placed.placement.copy_of_slot[piece.layer, piece.slot] > 0)
+
+    def _pieces(
+        self, part: Callable[[nn.Parameter], tuple[Tensor, int] | None]
+    ) -> Iterator[CopyGradient]:
+        """What this rank has of the copies' gradients, or of what else `part` finds."""
         placed = self.placed
         for name, layer, parameter in placed.parameters(self._engine.module):
-            found = self._reduced(parameter)
+            found = part(parameter)
             if found is None:
                 continue
-            gradient, start = found
-            row = parameter[0].numel()
+            values, start = found
+            row = full_shape(parameter)[1:].numel()
             for slot, expert in enumerate(placed.held_S(layer).tolist()):
                 if expert < 0 or placed.placement.logical_count[layer, expert] < 2:
                     continue
                 first = max(start, slot * row)
-                last = min(start + len(gradient), (slot + 1) * row)
+                last = min(start + len(values), (slot + 1) * row)
                 if first < last:
                     yield CopyGradient(
                         layer=layer,
                         name=name,
                         expert=expert,
                         slot=placed.ep_rank * placed.placement.slots_per_rank + slot,
-                        values=gradient[first - start : last - start],
+                        values=values[first - start : last - start],
                         start=first - slot * row,
                     )
 
@@ -107,6 +144,12 @@ class EngineCopies:
         """Flat gradient, and where it begins in the flattened parameter; None of others' parts."""
         if not self._engine.zero_optimization():
             return None if parameter.grad is None else (parameter.grad.view(-1), 0)
+        zero = self._engine.optimizer
+        if self._engine.zero_optimization_partition_weights():
+            if id(parameter) not in self._place:
+                return None
+            group, index = self._place[id(parameter)]
+            return _in_piece(parameter, zero.averaged_gradients[group][index])
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             return None
@@ -120,6 +163,15 @@ class EngineCopies:
             everyone: dist.ProcessGroup = dist.group.WORLD
             return everyone
         return groups.expert_parallel
+
+
+def _piece_of_weights(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    return _in_piece(parameter, parameter.ds_tensor.detach())
+
+
+def _in_piece(parameter: nn.Parameter, values: Tensor) -> tuple[Tensor, int]:
+    piece = without_padding(parameter, values.view(-1))
+    return piece.values, piece.start
 
 
 class _SumsOfStep(CopySums):
@@ -162,8 +214,12 @@ def _check(engine: Any) -> None:
             "Train at ZeRO 1 or 2",
         ),
         "ZeRO takes the norm of gradients before copies are summed where they are offloaded": (
-            getattr(zero, "cpu_offload", False),
+            any(getattr(zero, name, False) for name in ("cpu_offload", "offload_optimizer")),
             "Remove zero_optimization.offload_optimizer",
+        ),
+        "offloaded parameters come and go": (
+            getattr(zero, "offload_param", False),
+            "Remove zero_optimization.offload_param",
         ),
         "the optimizer keeps gradients by itself": (
             engine.zero_optimization() and not hasattr(zero, "averaged_gradients"),

@@ -108,10 +108,10 @@ def place_experts(
         zero_stage: Of the engine to come.
 
     Raises:
-        PlacementError: The placement is of another model, or has copies at ZeRO 3.
+        PlacementError: The placement is of another model.
         ConfigError: No groups of this size can be formed, or the model is partitioned already.
     """
-    _check(model, placement, zero_stage)
+    _check(model, placement)
     groups, process_groups = create_groups(placement, settings)
     ep_rank = process_groups.expert_parallel.rank()
     name = group_name(placement.ep_size)
@@ -184,7 +184,7 @@ def rows_of_slots(whole: Tensor, held_S: np.ndarray) -> Tensor:
     return rows
 
 
-def _check(model: nn.Module, placement: Placement, zero_stage: int) -> None:
+def _check(model: nn.Module, placement: Placement) -> None:
     shape = moe_shape(model)
     wanted = (len(shape.layer_ids), shape.num_experts)
     found = (placement.num_layers, placement.num_experts)
@@ -195,18 +195,6 @@ def _check(model: nn.Module, placement: Placement, zero_stage: int) -> None:
                 where="semantic_ep.plan.artifact, --semantic-ep-plan-artifact",
                 got=f"{found[0]} MoE layers of {found[1]} experts",
                 allowed=f"{wanted[0]} MoE layers of {wanted[1]} experts",
-            )
-        )
-    if placement.has_replicas and zero_stage == PARTITIONED:
-        raise PlacementError(
-            explain(
-                "copies of one expert would be trained apart: ZeRO 3 keeps pieces of weights and "
-                "gradients, which no copy could follow without gathering them in every step",
-                where="zero_optimization.stage, and semantic_ep.plan.artifact, "
-                "--semantic-ep-plan-artifact",
-                got="stage 3, and a plan with copies of experts",
-                allowed="stages 0, 1 and 2, or a plan without copies",
-                do="Set zero_optimization.stage to 2, or make the plan with --redundant-slots 0",
             )
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):

@@ -178,12 +178,12 @@ def _partitioned_pieces(zero: Any, parameter: nn.Parameter) -> dict[str, Piece]:
     if flat.data_ptr() != weights.data_ptr():  # In single precision they are the weights.
         states[MASTER] = Piece(values=flat.detach())
     return {
-        name: _without_padding(parameter, piece.values[at : at + numel])
+        name: without_padding(parameter, piece.values[at : at + numel])
         for name, piece in states.items()
     }
 
 
-def _without_padding(parameter: nn.Parameter, values: Tensor) -> Piece:
+def without_padding(parameter: nn.Parameter, values: Tensor) -> Piece:
     """What this rank's piece has of a parameter at ZeRO 3: the last one is filled up."""
     start = len(values) * parameter.ds_process_group.rank()
     return Piece(values=values[: max(0, parameter.ds_numel - start)], start=start)
@@ -194,7 +194,7 @@ def _weights(state: ExpertState, rows: Tensor | Sequence[Tensor]) -> Tensor | Se
     if not hasattr(rows, "ds_tensor"):
         return rows
     values = rows.ds_tensor.detach().view(-1)
-    return state.whole(rows.ds_shape, values.device, _without_padding(rows, values), values.dtype)
+    return state.whole(rows.ds_shape, values.device, without_padding(rows, values), values.dtype)
 
 
 def _in_full(rows: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
