@@ -46,6 +46,8 @@ class PhasePlacements:
                 slots for both.
         """
         check_alike(prefill, decode)
+        if current is not None:
+            check_alike(prefill, current)
         held_LEG = prefill.expert_on_rank | decode.expert_on_rank
         needed = int(held_LEG.sum(axis=1).max())
         slots = needed if current is None else current.slots_per_rank

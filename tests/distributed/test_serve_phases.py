@@ -115,7 +115,7 @@ def test_slices_of_both_phases_do_not_change_tokens(model, by_table):
     run_ranks(_serve_slices, 2, model, by_table)
 
 
-def _reload(rank, ranks, directory, plan):
+def _reload(rank, ranks, directory, plan, plan_of_more_ranks):
     from semantic_ep.serve.start import serve_group
 
     engine = load(directory)
@@ -130,6 +130,8 @@ def _reload(rank, ranks, directory, plan):
             running.reload_plan(plan).result(60)
         for number, prompt in enumerate(prompts):
             client.submit(f"r{number}", prompt)
+        with pytest.raises(PlacementError, match="different models or ranks"):
+            running.reload_plan(plan_of_more_ranks, plan_of_more_ranks).result(60)
         assert running.reload_plan(plan, plan).result(60)["experts_moved"] > 0
         assert [client.tokens(f"r{number}") for number in range(len(prompts))] == want
         assert running.reload_plan(plan, plan).result(60)["experts_moved"] == 0
@@ -151,4 +153,5 @@ def _reload(rank, ranks, directory, plan):
 
 
 def test_both_plans_change_at_once_while_requests_go_on(model, tmp_path):
-    run_ranks(_reload, 2, model, save_plan(tmp_path / "plan", model, contiguous(2)))
+    plan = save_plan(tmp_path / "plan", model, contiguous(2))
+    run_ranks(_reload, 2, model, plan, save_plan(tmp_path / "more", model, contiguous(4)))

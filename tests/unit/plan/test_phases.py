@@ -115,3 +115,7 @@ def test_too_few_slots_and_other_models_are_refused():
         PhasePlacements.of(
             contiguous, Placement.contiguous(num_layers=LAYERS, num_experts=EXPERTS, ep_size=4)
         )
+    # Fewer experts a rank than it has slots now, on more ranks than there are.
+    wide = Placement.contiguous(num_layers=LAYERS, num_experts=EXPERTS, ep_size=4)
+    with pytest.raises(PlacementError, match=r"\(2, 8, 4\) and \(2, 8, 2\)"):
+        PhasePlacements.of(wide, wide, current=contiguous)
