@@ -109,8 +109,10 @@ class RankWorker:
         """
         work = self.batcher.plan()
         if not work:
-            for experts in self.model.experts:
-                experts.run_idle()
+            # Where all ranks have one batch, none has work, and there is nobody to wait for.
+            if not self.has_all_requests:
+                for experts in self.model.experts:
+                    experts.run_idle()
             return []
         device = self.model.context.timer.device
         batch = PackedBatch.build(

@@ -233,3 +233,35 @@ def test_routes_are_recorded_whole_though_every_layer_slices_its_own_way(models,
         np.testing.assert_array_equal(getattr(sliced, name), getattr(alone, name), err_msg=name)
     for one, other in zip(sliced.token_expert, alone.token_expert, strict=True):
         assert (one != other).nnz == 0
+
+
+def _cancel_while_recording(rank, ranks, directory, output):
+    from semantic_ep.serve.scheduling.make import make_scheduler
+    from semantic_ep.serve.start import serve_group
+
+    def front(running):
+        client, endless = Client(running), SamplingParams(max_tokens=48, ignore_eos=True)
+        running.record("start").result(60)
+        for number in range(4):  # Alone: the step after the cancellation has nothing to do.
+            client.submit(
+                f"c{number}",
+                [5] * 10,
+                endless,
+                on_event=lambda event: running.cancel(event.request_id),
+            )
+            assert client.last(f"c{number}").finish_reason == "cancelled"
+        client.submit("a", [5] * 10)
+        client.tokens("a")
+        assert running.record("dump", output).result(60)["tokens"] >= 50
+
+    serve_group(
+        load(directory, contiguous(ranks), "look-ahead"),
+        scheduler=make_scheduler("least-loaded", ep_size=1, max_wait_seconds=0),
+        front=front,
+        kv_cache_tokens=512,
+        block_size=4,
+    )
+
+
+def test_a_cancelled_request_does_not_end_the_recording_of_routes(models, tmp_path):
+    run_ranks(_cancel_while_recording, 2, models["qwen3_moe"], tmp_path / "profile")
