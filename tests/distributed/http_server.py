@@ -12,6 +12,7 @@ from tests.distributed.test_serve_engine import save_tiny_model
 from tests.distributed.test_serve_launch import free_port, rank_environment
 
 KEY = "a-key-for-tests"
+BEYOND = "<beyond>"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -29,6 +30,8 @@ def save_byte_model(path):
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+    # As of a tokenizer that was extended, and the model's embedding was not.
+    fast.add_tokens([BEYOND])
     fast.chat_template = TEMPLATE
     fast.save_pretrained(path)
 

@@ -15,7 +15,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from tests.distributed.http_server import Server, save_byte_model
+from tests.distributed.http_server import BEYOND, Server, save_byte_model
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,19 @@ def test_a_wrong_body_is_refused_in_the_shape_that_clients_know(server, body, st
     error = answer.json()["error"]
     assert error["message"]
     assert error["code"] == code
+
+
+def test_a_text_with_a_token_that_the_model_lacks_is_refused(server):
+    chat = {"messages": [{"role": "user", "content": BEYOND}]}
+    for path, body in (
+        ("/v1/completions", {"prompt": f"a{BEYOND}"}),
+        ("/v1/completions", {"prompt": ["a", BEYOND]}),
+        ("/v1/chat/completions", chat),
+    ):
+        answer = server.post(path, **body)
+        assert answer.status_code == 400, answer.text
+        assert "not in the vocabulary" in answer.json()["error"]["message"]
+    assert server.post(prompt="a", max_tokens=1).status_code == 200
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"[1]"])

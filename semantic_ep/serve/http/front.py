@@ -112,12 +112,13 @@ class Front:
         """Token ids of prompts that are texts or ids.
 
         Raises:
-            ApiError: 400, an id is not in the vocabulary, or a text cannot be encoded.
+            ApiError: 400, an id is not in the model's vocabulary, which the tokenizer's may exceed,
+                or a text cannot be encoded.
         """
         return [
-            await self._in_thread(self._encode, prompt)
-            if isinstance(prompt, str)
-            else self._known(prompt)
+            self._known(
+                await self._in_thread(self._encode, prompt) if isinstance(prompt, str) else prompt
+            )
             for prompt in prompts
         ]
 
@@ -125,10 +126,11 @@ class Front:
         """Token ids of a conversation, by the model's chat template.
 
         Raises:
-            ApiError: 400, the model has no template, or it refuses the conversation.
+            ApiError: 400, the model has no template, or it refuses the conversation, or an id is
+                not in the model's vocabulary.
         """
         turns = [message.for_template() for message in messages]
-        return await self._in_thread(self._apply_template, turns)
+        return self._known(await self._in_thread(self._apply_template, turns), param="messages")
 
     def start(self, held: ExitStack, work: Work) -> AsyncIterator[TokenEvent]:
         """Hand work to the engine, to be cancelled when `held` closes unless it has ended.
@@ -183,12 +185,12 @@ class Front:
                 400, f"the chat template refuses this conversation: {error}", param="messages"
             ) from error
 
-    def _known(self, ids: list[int]) -> list[int]:
+    def _known(self, ids: list[int], *, param: str = "prompt") -> list[int]:
         if max(ids, default=0) >= self.settings.vocab_size:
             raise ApiError(
                 400,
                 f"token id {max(ids)} is not in the vocabulary of {self.settings.vocab_size}",
-                param="prompt",
+                param=param,
                 code="invalid_value",
             )
         return ids
