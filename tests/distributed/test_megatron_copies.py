@@ -137,15 +137,16 @@ def _runs(rank, ranks, directory, case):
         Case(4, ON_TWO, 2, divided=True, overlap=True),
         # Steps in proportion to gradients show a wrong scale of these, which Adam hides else.
         Case(
-            4,
+            8,
             ON_STAGES,
             2,
             pipeline=2,
+            divided=True,
             steps=8,
             optimizer={"adam_eps": 0.1, "lr": 0.1},
         ),
     ],
-    ids=["2", "2-divided", "4", "4-in-2-groups-divided", "4-in-2-stages"],
+    ids=["2", "2-divided", "4", "4-in-2-groups-divided", "8-in-2-stages-divided"],
 )
 def test_copies_train_alike_with_the_losses_and_norms_of_single_experts(tmp_path, case):
     for (straight, losses), ends, measured in run_ranks(
