@@ -30,12 +30,14 @@ TRAINING = (
     "of_a_contiguous_one[2-alltoall-True]",
 )
 # And of the newest release: the launch script from its command line, other parallelism, our
-# exchange, and experts that move while the run goes on.
+# exchange, copies of experts, and experts that move while the run goes on.
 TRAINING_OF_NEWEST = (
     "distributed/test_megatron_observation.py",
     TRAINING[1],
     "distributed/test_megatron_dispatcher.py::test_our_exchange_has_the_losses_of_megatrons_alltoall_"
     "and_sends_fewer_bytes[2-settings0-True]",
+    "distributed/test_megatron_copies.py::test_copies_train_alike_with_the_losses_and_norms_of_single_"
+    "experts[2-divided]",
     "distributed/test_megatron_replanning.py::test_experts_and_their_optimizer_state_move_without_a_"
     "trace_in_the_losses[2-runs0]",
     "distributed/test_megatron_staged_replanning.py::test_a_failure_on_one_stage_leaves_all_of_them_"
