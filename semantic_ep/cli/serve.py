@@ -140,7 +140,8 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _of_the_server(arguments: Sequence[str]) -> list[str]:
     """The command line without what belongs to this verb."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # The verb's parser takes shortened flags, and has refused those that could be another's.
+    own = argparse.ArgumentParser(add_help=False)
     _add_own_arguments(own)
     own.add_argument("-v", "--verbose", action="store_true")
     rest = own.parse_known_args(list(arguments))[1]

@@ -68,14 +68,23 @@ class Plan:
             for name, array in artifact.arrays.items()
             if name.startswith("schedule.")
         }
-        return cls(
-            placement=Placement(
-                physical_to_logical_map=artifact.arrays["physical_to_logical_map"],
-                num_experts=artifact.fingerprint.num_experts,
-                ep_size=artifact.meta["ep_size"],
-            ),
-            schedule=Schedule(**tables),
-            verdict=artifact.meta["verdict"],
-            fingerprint=artifact.fingerprint,
-            sha256=artifact.sha256,
-        )
+        try:
+            return cls(
+                placement=Placement(
+                    physical_to_logical_map=artifact.arrays["physical_to_logical_map"],
+                    num_experts=artifact.fingerprint.num_experts,
+                    ep_size=artifact.meta["ep_size"],
+                ),
+                schedule=Schedule(**tables),
+                verdict=artifact.meta["verdict"],
+                fingerprint=artifact.fingerprint,
+                sha256=artifact.sha256,
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                explain(
+                    f"malformed plan: {type(error).__name__}: {error}",
+                    where=str(path),
+                    do="Make the plan anew",
+                )
+            ) from error

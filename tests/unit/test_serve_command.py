@@ -32,6 +32,8 @@ def test_one_rank_needs_no_launcher_and_several_are_started_by_deepspeeds():
 def test_ranks_get_every_flag_but_those_of_the_command():
     words = ["-v", "serve", "--model", "m", "--num-ranks", "2", "--restart", "--port", "1"]
     assert serve._of_the_server(words) == ["--model", "m", "--port", "1"]
+    shortened = ["serve", "--model", "m", "--num-r=2", "--rest", "--po", "1"]
+    assert serve._of_the_server(shortened) == ["--model", "m", "--po", "1"]
 
 
 def test_without_restart_the_exit_code_is_that_of_the_ranks(monkeypatch):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from semantic_ep.artifacts import write_artifact
 from semantic_ep.cli import main
 from semantic_ep.errors import ArtifactError
 from semantic_ep.observe.profile import RoutingProfile
@@ -48,6 +49,26 @@ def test_a_plan_of_parts_that_do_not_fit_is_refused(profile):
     plan = _plan(profile)
     with pytest.raises(ArtifactError, match="do not fit"):
         dataclasses.replace(plan, schedule=_plan(profile, 8).schedule)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "missing"),
+    [("ep_size", "ep_size"), ("physical", "physical_to"), ("schedule.conf", "confidence")],
+)
+def test_a_plan_on_disk_that_lacks_a_part_is_refused(profile, tmp_path, lacking, missing):
+    plan = _plan(profile)
+    arrays = {"physical_to_logical_map": plan.placement.physical_to_logical_map}
+    arrays |= {f"schedule.{name}": table for name, table in plan.schedule.arrays().items()}
+    meta = {"ep_size": 4, "verdict": {}}
+    write_artifact(
+        tmp_path / "plan",
+        kind="plan",
+        fingerprint=plan.fingerprint,
+        arrays={name: table for name, table in arrays.items() if not name.startswith(lacking)},
+        meta={name: value for name, value in meta.items() if name != lacking},
+    )
+    with pytest.raises(ArtifactError, match=f"malformed plan: .*{missing}"):
+        Plan.read(tmp_path / "plan")
 
 
 def test_the_table_sends_a_token_where_most_of_its_experts_are(profile):
