@@ -146,6 +146,23 @@ def test_served_routing_becomes_a_profile_and_its_plan_is_taken_over(server, mod
     assert idle(server)["routing_drift",] > 1e-3
 
 
+def test_a_profile_that_cannot_be_written_is_no_fault_of_the_client(server, admin_dir):
+    aside = admin_dir.with_name("aside")
+    assert server.http.post("/start_expert_distribution_record").status_code == 200
+    admin_dir.rename(aside)
+    admin_dir.write_text("in the way")
+    try:
+        answer = server.http.post("/dump_expert_distribution_record")
+    finally:
+        admin_dir.unlink()
+        aside.rename(admin_dir)
+    assert answer.status_code == 507, answer.text
+    assert "cannot write this profile" in answer.json()["error"]["message"]
+    # What was counted is not lost.
+    assert server.http.post("/dump_expert_distribution_record").json()["tokens"] == 0
+    assert server.http.post("/stop_expert_distribution_record").status_code == 200
+
+
 @pytest.mark.parametrize(
     "body",
     [{"plan": "../first"}, {"plan": "/first"}, {"plan": ".."}, {"plan": "nowhere"}, {}]

@@ -16,7 +16,13 @@ from typing import Annotated, Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from semantic_ep.errors import PeerFailureError, RequestError, SemanticEPError, UnavailableError
+from semantic_ep.errors import (
+    ArtifactError,
+    PeerFailureError,
+    RequestError,
+    SemanticEPError,
+    UnavailableError,
+)
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.serve.http.errors import ERRORS, ApiError
 from semantic_ep.serve.http.front import Front
@@ -88,7 +94,7 @@ def add_admin(app: FastAPI, front: Front, directory: Path) -> None:
     async def dump_expert_distribution_record() -> Recorded:
         """Write what was counted as a profile, from which `semantic-ep plan` makes a plan."""
         name = f"profile-{time.time_ns()}"
-        told = await _outcome(front.engine.record("dump", directory / name))
+        told = await _outcome(front.engine.record("dump", directory / name), writes=True)
         return Recorded(status="dumped", tokens=told["tokens"], profile=name)
 
     @app.post("/reload_plan", responses=ERRORS)
@@ -116,8 +122,12 @@ def _read_profile(front: Front, path: Path) -> RoutingProfile:
         raise _refused(error) from error
 
 
-async def _outcome(future: Future[Mapping[str, Any]]) -> Mapping[str, Any]:
+async def _outcome(future: Future[Mapping[str, Any]], *, writes: bool = False) -> Mapping[str, Any]:
     """Wait for what all ranks do together.
+
+    Args:
+        future: Of the engine.
+        writes: Whether an artefact is written, and not read: then it is not the client's fault.
 
     Raises:
         ApiError: They refused (400), could not write (507), or a rank is lost (503).
@@ -125,6 +135,8 @@ async def _outcome(future: Future[Mapping[str, Any]]) -> Mapping[str, Any]:
     try:
         return await asyncio.wrap_future(future)
     except SemanticEPError as error:
+        if writes and isinstance(error, ArtifactError):
+            raise ApiError(507, str(error), code="storage") from error
         raise _refused(error) from error
     except OSError as error:
         raise ApiError(507, f"the profile cannot be written: {error}", code="storage") from error
