@@ -36,13 +36,14 @@ class Plan:
     def __post_init__(self) -> None:
         wanted = (self.fingerprint.num_layers, self.fingerprint.num_experts)
         found = (self.placement.num_layers, self.placement.num_experts)
-        if wanted != found or self.schedule.ep_size != self.placement.ep_size:
+        schedule = (self.schedule.num_layers, self.schedule.ep_size)
+        if wanted != found or schedule != (found[0], self.placement.ep_size):
             raise ArtifactError(
                 explain(
                     "malformed plan: placement, schedule and model do not fit each other",
-                    got=f"(layers, experts) {found} on {self.placement.ep_size} ranks, schedule "
-                    f"for {self.schedule.ep_size} ranks",
-                    allowed=f"(layers, experts) {wanted}, equal ranks",
+                    got=f"(layers, experts) {found} on {self.placement.ep_size} ranks, schedule of "
+                    f"(layers, ranks) {schedule}",
+                    allowed=f"(layers, experts) {wanted}, equal layers and ranks",
                 )
             )
 

@@ -34,6 +34,11 @@ class Schedule:
     request_affinity: np.ndarray
 
     @property
+    def num_layers(self) -> int:
+        """Number of MoE layers (L)."""
+        return len(self.token_to_rank)
+
+    @property
     def ep_size(self) -> int:
         """Number of EP ranks (G)."""
         return int(self.request_affinity.shape[1])

@@ -49,8 +49,8 @@ def save_plan(path, placement, *, fingerprint=FINGERPRINT):
     plan = Plan(
         placement=placement,
         schedule=Schedule(
-            token_to_rank=np.zeros((len(LAYERS), VOCAB), dtype=np.int8),
-            confidence=np.zeros((len(LAYERS), VOCAB), dtype=np.uint8),
+            token_to_rank=np.zeros((placement.num_layers, VOCAB), dtype=np.int8),
+            confidence=np.zeros((placement.num_layers, VOCAB), dtype=np.uint8),
             request_affinity=np.ones((VOCAB, placement.ep_size), dtype=np.float16),
         ),
         verdict={},

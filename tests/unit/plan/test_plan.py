@@ -71,6 +71,13 @@ def test_a_plan_on_disk_that_lacks_a_part_is_refused(profile, tmp_path, lacking,
         Plan.read(tmp_path / "plan")
 
 
+def test_a_schedule_of_other_layers_is_refused(profile):
+    plan = _plan(profile)
+    tables = plan.schedule.arrays() | {"token_to_rank": plan.schedule.token_to_rank[:1]}
+    with pytest.raises(ArtifactError, match=r"schedule of \(layers, ranks\) \(1, 4\)"):
+        dataclasses.replace(plan, schedule=Schedule(**tables))
+
+
 def test_the_table_sends_a_token_where_most_of_its_experts_are(profile):
     plan = _plan(profile)
     token = int(np.argmax(profile.token_count))
