@@ -8,7 +8,7 @@ transformers, then runs group by group: sequences with about as many queries and
 to a rectangle. Models that expand latent keys after the cache (DeepSeek) work unchanged.
 
 On a CPU, copying keys and values costs more than attending to them: there, sequences whose blocks
-follow each other read them where they are, one by one.
+follow each other read them where they are (`paged_decoding`).
 
 Shapes: T new tokens, N gathered cache positions, H query heads, J key/value heads, D head size,
 B sequences of a group, Q queries of each, P positions of each, S positions of the cache.
@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from semantic_ep.integrations.paged_decoding import Row, decode, rows_of
 
 ATTENTION = "semantic_ep_paged"
 
@@ -103,8 +105,8 @@ class PackedBatch:
         block_N: int64, blocks to gather, group by group.
         last_C: int64, index in the row of the last token of each chunk, in the order given.
         groups: See there.
-        decoding: Range of S of each sequence with one token that reads the cache where it is,
-            rising; these tokens are the last of the row.
+        decoding: Sequences with one token that read the cache where they lie; these tokens are
+            the last of the row.
         pools: [J, S, D] and [J, S, D'] by layer for who reads in place, set by the cache.
     """
 
@@ -114,7 +116,7 @@ class PackedBatch:
     block_N: Tensor
     last_C: Tensor
     groups: list[_Group]
-    decoding: list[tuple[int, int]]
+    decoding: list[Row]
     pools: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -191,8 +193,13 @@ class PackedBatch:
             block_N=torch.tensor(gathered, dtype=torch.int64, device=device),
             last_C=torch.tensor(last, device=device),
             groups=groups,
-            decoding=ranges,
+            decoding=rows_of(ranges),
         )
+
+    @property
+    def num_decoding(self) -> int:
+        """Sequences in `decoding`."""
+        return sum(row.count for row in self.decoding)
 
 
 def _grouped(
@@ -317,10 +324,8 @@ def paged_attention(
         for group in packed_batch.groups
     ]
     if packed_batch.decoding:
-        query_HTD = query[0, :, -len(packed_batch.decoding) :]
-        out.append(
-            _decode(packed_batch.decoding, query_HTD, *sources[True], window, scaling, s_aux)
-        )
+        query_HTD = query[0, :, -packed_batch.num_decoding :]
+        out.append(decode(packed_batch.decoding, query_HTD, sources[True], window, scaling, s_aux))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
@@ -379,35 +384,3 @@ def _attend_causally(
         scale=scaling,
     )
     return out_JGQD.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _decode(
-    ranges: Sequence[tuple[int, int]],
-    query_HTD: Tensor,
-    key_JSD: Tensor,
-    value_JSD: Tensor,
-    window: int | None,
-    scaling: float,
-    sink_H: Tensor | None,
-) -> Tensor:
-    """[T, H, D'] of sequences with one token: everything in their ranges is visible."""
-    heads = len(key_JSD)
-    # Query heads that share a key head become queries of one sequence.
-    query_T1JQD = query_HTD.unflatten(0, (1, heads, -1)).movedim(3, 0)
-    sizes, at = [], 0  # of gaps and ranges in turn
-    for begin, end in ranges:
-        begin = begin if window is None else max(begin, end - window)
-        sizes += [begin - at, end - begin]
-        at = end
-    sizes.append(key_JSD.shape[1] - at)
-    key_T, value_T = (pool[None].split_with_sizes(sizes, 2)[1::2] for pool in (key_JSD, value_JSD))
-    if sink_H is None:
-        attend = torch.nn.functional.scaled_dot_product_attention
-        out = [attend(*one, scale=scaling) for one in zip(query_T1JQD, key_T, value_T)]
-    else:
-        sink_1JQ1 = sink_H.view(1, heads, -1, 1)
-        out = []
-        for query, key, value in zip(query_T1JQD, key_T, value_T):
-            scores = torch.cat([query @ key.transpose(-1, -2) * scaling, sink_1JQ1], dim=-1)
-            out.append(scores.softmax(dim=-1)[..., :-1] @ value)
-    return torch.cat(out).flatten(1, 2)

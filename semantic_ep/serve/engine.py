@@ -142,7 +142,8 @@ class SemanticInferenceEngine:
             check_request(request, max_sequence_tokens=limit)
         worker = self.worker(
             kv_cache_tokens=_cache_for(requests, max_batch_size),
-            max_sequences=max_batch_size,
+            # Each then finds its share of the cache in one piece.
+            max_sequences=max(min(max_batch_size, len(requests)), 1),
             # Nobody waits for the first token of another: long prefills are the fewest steps.
             max_step_tokens=self.model.dispatcher.max_tokens or _STEP_TOKENS,
         )
