@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -105,8 +105,12 @@ def states_of_slots(
     return states
 
 
-class ZeroState:
-    """What ZeRO 1 and 2 stored, a file a rank."""
+class _ShardedState:
+    """What ZeRO stored, a file a rank."""
+
+    # Name of the state dict of the optimizer inside.
+    _OPTIMIZER: ClassVar[str]
+    _group_of: Mapping[str, int]
 
     def __init__(self, checkpoint: Path, layout: OldLayout) -> None:
         self._layout = layout
@@ -118,6 +122,40 @@ class ZeroState:
     def trains(self, name: str) -> bool:
         """Whether there is state of a parameter."""
         return name in self._group_of
+
+    def scalars(self, name: str) -> Mapping[str, Any]:
+        """States that a parameter group has once, such as the step."""
+        found = self._optimizer["state"].get(self._index(name), {})
+        return {
+            key: value
+            for key, value in found.items()
+            if not isinstance(value, Tensor) or value.numel() == 1
+        }
+
+    @property
+    def _first(self) -> Mapping[str, Any]:
+        first: Mapping[str, Any] = next(iter(self._shards.values()))
+        return first
+
+    @property
+    def _optimizer(self) -> Mapping[str, Any]:
+        optimizer: Mapping[str, Any] = self._first[self._OPTIMIZER]
+        return optimizer
+
+    def _holders(self, ep_rank: int | None) -> list[int]:
+        """Ranks that have pieces of an EP rank's experts, or of what all share."""
+        return self._layout.ranks if ep_rank is None else self._layout.holders(ep_rank)
+
+    def _index(self, name: str) -> int:
+        if name not in self._group_of:
+            raise _unknown(name)
+        return self._group_of[name]
+
+
+class ZeroState(_ShardedState):
+    """What ZeRO 1 and 2 stored: a slice of each parameter group a rank."""
+
+    _OPTIMIZER = "base_optimizer_state"
 
     @cached_property
     def _group_of(self) -> dict[str, int]:
@@ -130,68 +168,44 @@ class ZeroState:
 
     def states(self, name: str, ep_rank: int | None) -> Mapping[str, Tensor]:
         """Flat full tensors of a parameter by state; `ep_rank` for experts, else None."""
-        ranks = self._layout.ranks if ep_rank is None else self._layout.holders(ep_rank)
         group = self._index(name)
         pieces: dict[str, list[Tensor]] = {}
         # A parameter goes on from one rank's slice to the next one's.
-        for rank in ranks:
+        for rank in self._holders(ep_rank):
             shard = self._shards[rank]
             address = shard["param_slice_mappings"][group].get(name)
             if address is None:
                 continue
             flat = {MASTER: shard["single_partition_of_fp32_groups"][group]}
-            flat |= shard["base_optimizer_state"]["state"].get(group, {})
+            flat |= shard[self._OPTIMIZER]["state"].get(group, {})
             for key, value in flat.items():
                 if isinstance(value, Tensor) and value.numel() > 1:
                     piece = value[address.start : address.start + address.numel]
                     pieces.setdefault(key, []).append(piece)
         return {key: torch.cat(parts) for key, parts in pieces.items()}
 
-    def scalars(self, name: str) -> Mapping[str, Any]:
-        """States that a parameter group has once, such as the step."""
-        states = next(iter(self._shards.values()))["base_optimizer_state"]["state"]
-        found = states.get(self._index(name), {})
-        return {
-            key: value
-            for key, value in found.items()
-            if not isinstance(value, Tensor) or value.numel() == 1
-        }
-
     def hyperparameters(self, name: str) -> Mapping[str, Any]:
         """Settings of the parameter group of a parameter, such as the learning rate."""
-        shard = next(iter(self._shards.values()))
-        return settings_of(shard["base_optimizer_state"]["param_groups"][self._index(name)])
-
-    def _index(self, name: str) -> int:
-        if name not in self._group_of:
-            raise _unknown(name)
-        return self._group_of[name]
+        return settings_of(self._optimizer["param_groups"][self._index(name)])
 
 
-class PartitionedState:
-    """What ZeRO 3 stored, a file a rank: of every parameter an equal piece for each of its ranks.
+class PartitionedState(_ShardedState):
+    """What ZeRO 3 stored: of every parameter an equal piece for each of its ranks.
 
     A parameter of experts has pieces on the ranks that hold the same ones, any other on all ranks.
     Parameters of one group follow each other in a rank's flat tensor, each padded to a whole piece.
     """
 
+    _OPTIMIZER = "optimizer_state_dict"
+
     def __init__(self, checkpoint: Path, layout: OldLayout) -> None:
-        self._layout = layout
-        self._shards = {
-            rank: load_stored(_shard_file(checkpoint, rank))["optimizer_state_dict"]
-            for rank in layout.ranks
-        }
+        super().__init__(checkpoint, layout)
         model = load_stored(checkpoint / partitioned_model_file(layout.ranks[0]), "model")
         self.shapes: list[dict[str, torch.Size]] = [dict(g) for g in model["param_shapes"]]
         self._group_of = {name: i for i, group in enumerate(self.shapes) for name in group}
 
-    def trains(self, name: str) -> bool:
-        """Whether there is state of a parameter."""
-        return name in self._group_of
-
     def states(self, name: str, ep_rank: int | None) -> Mapping[str, Tensor]:
         """Flat full tensors of a parameter by state; `ep_rank` for experts, else None."""
-        ranks = self._layout.ranks if ep_rank is None else self._layout.holders(ep_rank)
         group = self._index(name)
         start, numel = 0, 0
         for other, shape in self.shapes[group].items():
@@ -199,43 +213,23 @@ class PartitionedState:
             if other == name:
                 break
         pieces: dict[str, list[Tensor]] = {}
-        for rank in ranks:
+        for rank in self._holders(ep_rank):
             shard = self._shards[rank]
             flat = {MASTER: shard["fp32_flat_groups"][group]}
-            flat |= shard["optimizer_state_dict"]["state"].get(group, {})
+            flat |= shard[self._OPTIMIZER]["state"].get(group, {})
             for key, value in flat.items():
                 if isinstance(value, Tensor) and value.numel() > 1:
                     pieces.setdefault(key, []).append(value.detach()[start : start + numel])
         whole = self.shapes[group][name].numel()
         return {key: torch.cat(parts)[:whole] for key, parts in pieces.items()}
 
-    def scalars(self, name: str) -> Mapping[str, Any]:
-        """States that a parameter group has once, such as the step."""
-        found = self._optimizer["state"].get(self._index(name), {})
-        return {
-            key: value
-            for key, value in found.items()
-            if not isinstance(value, Tensor) or value.numel() == 1
-        }
-
     def hyperparameters(self, name: str) -> Mapping[str, Any]:
         """Settings of the parameter group of a parameter, such as the learning rate."""
         index = self._index(name)
         return next(settings_of(g) for g in self._optimizer["param_groups"] if index in g["params"])
 
-    @property
-    def _optimizer(self) -> Mapping[str, Any]:
-        first: Mapping[str, Any] = next(iter(self._shards.values()))["optimizer_state_dict"]
-        return first
-
     def _ranks_of(self, group: int) -> int:
-        groups = next(iter(self._shards.values()))["ds_zero_partition_groups"]
-        return int(groups[group]["partition_count"])
-
-    def _index(self, name: str) -> int:
-        if name not in self._group_of:
-            raise _unknown(name)
-        return self._group_of[name]
+        return int(self._first["ds_zero_partition_groups"][group]["partition_count"])
 
 
 def _piece_numel(shape: torch.Size, ranks: int) -> int:
