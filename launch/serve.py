@@ -43,7 +43,6 @@ from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.serve.arguments import add_job_arguments, parse_server_arguments
 from semantic_ep.serve.compare import ServingMode, compare_modes
 from semantic_ep.serve.job import (
-    ServingPlans,
     expert_groups,
     load_engine,
     local_device,
@@ -51,6 +50,7 @@ from semantic_ep.serve.job import (
     read_plans,
     read_settings,
 )
+from semantic_ep.serve.plans import ServingPlans
 from semantic_ep.serve.reference import generate_in_one_process
 from semantic_ep.serve.requests import Request, read_requests, write_responses
 from semantic_ep.serve.scheduling.offline import by_affinity, round_robin

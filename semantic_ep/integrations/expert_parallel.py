@@ -226,11 +226,12 @@ def _tables(
     node_of_rank: np.ndarray | None,
 ) -> dict[str, Tensor]:
     """[L, E] tables by the name that `SemanticExperts` has for them."""
-    if phases is None:
-        table_LE = slot_tables(placement, rank=rank, node_of_rank=node_of_rank)
-        return {"slot_table_E": torch.from_numpy(table_LE)}
-    prompts_LE, generated_LE = phases.slot_tables(rank=rank, node_of_rank=node_of_rank)
+    serving = {"slot_table_E": placement}
+    if phases is not None:
+        serving = dict(
+            zip(("slot_table_E", "generated_table_E"), phases.serving(rank), strict=True)
+        )
     return {
-        "slot_table_E": torch.from_numpy(prompts_LE),
-        "generated_table_E": torch.from_numpy(generated_LE),
+        name: torch.from_numpy(slot_tables(one, rank=rank, node_of_rank=node_of_rank))
+        for name, one in serving.items()
     }

@@ -13,7 +13,6 @@ from typing import Self
 import numpy as np
 
 from semantic_ep.errors import PlacementError, explain
-from semantic_ep.plan.cost import nearest_copy
 from semantic_ep.plan.moving import check_alike, keep_slots
 from semantic_ep.plan.placement import Placement
 
@@ -75,30 +74,22 @@ class PhasePlacements:
         )
         return cls(prefill=prefill, decode=decode, resident=resident)
 
-    def slot_tables(
-        self, *, rank: int, node_of_rank: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """[L, E] int64 for tokens of prompts and for generated ones: the slot of `resident`.
+    def serving(self, rank: int) -> tuple[Placement, Placement]:
+        """What of `resident` serves one rank's tokens of prompts, and its generated ones.
 
-        As `semantic_ep.runtime.slots.slot_tables`, but of the experts that are elsewhere only the
-        copies of the phase's own placement serve, so that the experts which it keeps together
-        are met together.
+        Of the experts that are elsewhere only the copies of the phase's own placement do, so that
+        the experts which it keeps together are met together; slots that do not serve are empty.
         """
-        return self._of(self.prefill, rank, node_of_rank), self._of(self.decode, rank, node_of_rank)
+        return self._of(self.prefill, rank), self._of(self.decode, rank)
 
-    def _of(self, placement: Placement, rank: int, node_of_rank: np.ndarray | None) -> np.ndarray:
+    def _of(self, placement: Placement, rank: int) -> Placement:
         resident, layers = self.resident, np.arange(placement.num_layers)[:, None]
         slots = resident.physical_to_logical_map
         slot_rank = np.arange(slots.shape[1]) // resident.slots_per_rank
         # An empty slot names expert -1, which is masked again.
         serves = placement.expert_on_rank[layers, slots, slot_rank] | (slot_rank == rank)
-        of_phase = Placement(
+        return Placement(
             physical_to_logical_map=np.where(serves, slots, -1),
             num_experts=resident.num_experts,
             ep_size=resident.ep_size,
         )
-        rows = [
-            nearest_copy(of_phase, layer, node_of_rank=node_of_rank)[rank]
-            for layer in range(placement.num_layers)
-        ]
-        return np.stack(rows).astype(np.int64)

@@ -15,8 +15,8 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from semantic_ep.errors import SemanticEPError, UnavailableError, explain
-from semantic_ep.plan.plan import Plan
 from semantic_ep.serve.lockstep import Action, Control, Report, run_lockstep
+from semantic_ep.serve.plans import ServingPlans
 from semantic_ep.serve.protocol import (
     EngineRequest,
     RecordAction,
@@ -147,21 +147,23 @@ class GroupEngine:
         try:
             # Read once, here: a rank that cannot would leave the others waiting.
             fingerprint = self._worker.model.fingerprint
-            new = read_plan(plan, fingerprint)
-            decode = None if decode_plan is None else read_plan(decode_plan, fingerprint)
+            plans = ServingPlans(
+                plan=read_plan(plan, fingerprint),
+                decode=None if decode_plan is None else read_plan(decode_plan, fingerprint),
+            )
         except SemanticEPError as error:
             future.set_exception(error)
             return future
         # Called in the loop's thread, between two steps.
-        future.add_done_callback(functools.partial(self._taken_over, new, decode))
-        parts: dict[str, Any] = {"placement": new.placement}
-        if self._by_table:
-            parts["schedule"] = new.schedule
-        if decode is not None:
-            parts["decode_placement"] = decode.placement
-            if self._by_table:
-                parts["decode_schedule"] = decode.schedule
-        return self._enqueue(functools.partial(take_over, **parts), future)
+        future.add_done_callback(functools.partial(self._taken_over, plans))
+        action = functools.partial(
+            take_over,
+            placement=plans.plan.placement,
+            decode_placement=plans.decode_placement,
+            schedule=plans.schedule if self._by_table else None,
+            decode_schedule=plans.decode_schedule if self._by_table else None,
+        )
+        return self._enqueue(action, future)
 
     def record(
         self, action: RecordAction, output: Path | None = None, *, phase: RecordedPhase = "all"
@@ -284,11 +286,11 @@ class GroupEngine:
         future.set_exception(UnavailableError(explain("the engine has ended")))
         return future
 
-    def _taken_over(self, plan: Plan, decode: Plan | None, future: Future[Any]) -> None:
+    def _taken_over(self, plans: ServingPlans, future: Future[Any]) -> None:
         if future.exception() is not None:
             return
         if self._homes > 1:
-            self._scheduler.replan(plan.schedule, None if decode is None else decode.schedule)
+            self._scheduler.replan(plans.schedule, plans.decode_schedule)
         # What slots have computed so far was for the experts that were there before.
         ranks = tuple(dataclasses.replace(r, slot_rows_LS=None) for r in self._stats.ranks)
         self._stats = dataclasses.replace(

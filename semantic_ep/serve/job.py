@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import resource
 from typing import Any
@@ -17,11 +16,11 @@ from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.deepspeed import read_config
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
-from semantic_ep.plan.schedule import Schedule
 from semantic_ep.runtime.collectives import peer_guard
 from semantic_ep.runtime.groups import GroupPlan
 from semantic_ep.serve.attention import attention_options
 from semantic_ep.serve.engine import SemanticInferenceEngine
+from semantic_ep.serve.plans import ServingPlans
 from semantic_ep.serve.worker import MAX_STEP_TOKENS
 from semantic_ep.topology import LINKS, Topology
 
@@ -34,29 +33,6 @@ def read_settings(args: argparse.Namespace) -> SemanticEPConfig:
     """
     section = section_of(read_config(None, args)) if args.deepspeed_config else None
     return SemanticEPConfig.resolve(json_section=section, args=args)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServingPlans:
-    """Plans that a server follows.
-
-    Attributes:
-        plan: Of all tokens, or of those of prompts; None: contiguous, and no affinity.
-        decode: Of generated tokens, if they have one of their own.
-    """
-
-    plan: Plan | None = None
-    decode: Plan | None = None
-
-    @property
-    def schedule(self) -> Schedule | None:
-        """Of all tokens, or of those of prompts."""
-        return None if self.plan is None else self.plan.schedule
-
-    @property
-    def decode_schedule(self) -> Schedule | None:
-        """Of generated tokens, if they have one of their own."""
-        return None if self.decode is None else self.decode.schedule
 
 
 def read_plans(
@@ -208,6 +184,6 @@ def load_engine(
         overlap=settings.dispatch.overlap,
         max_tokens=max(MAX_STEP_TOKENS, max_sequences),
         node_of_rank=group_plan.nodes_of_group(dist.get_rank()),
-        decode_placement=None if plans.decode is None else plans.decode.placement,
+        decode_placement=plans.decode_placement,
         **attention_options(settings, plans.schedule, plans.decode_schedule),
     )

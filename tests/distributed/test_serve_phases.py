@@ -8,6 +8,7 @@ import torch.distributed as dist
 from semantic_ep.errors import PlacementError
 from semantic_ep.plan.phases import PhasePlacements
 from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime.slots import slot_tables
 from semantic_ep.serve.scheduling.make import make_scheduler
 from tests.distributed.launcher import run_ranks
 from tests.distributed.test_serve_attention_tp import some_schedule
@@ -67,7 +68,8 @@ def expected_activations(directory, prompts, outputs, *, rank, ranks):
         ]
     )
     phases = PhasePlacements.of(*of_phases(ranks))
-    tables = np.stack(phases.slot_tables(rank=rank)) // phases.resident.slots_per_rank
+    tables = np.stack([slot_tables(serving, rank=rank) for serving in phases.serving(rank)])
+    tables //= phases.resident.slots_per_rank
     counted = np.zeros((LAYERS, ranks), dtype=np.int64)
     for layer in range(LAYERS):
         target = tables[generated.astype(int)[:, None], layer, routes.experts[:, layer]]

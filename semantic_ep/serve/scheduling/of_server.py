@@ -5,7 +5,7 @@ from __future__ import annotations
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.serve.engine import SemanticInferenceEngine
-from semantic_ep.serve.job import ServingPlans
+from semantic_ep.serve.plans import ServingPlans
 from semantic_ep.serve.scheduling.make import make_scheduler
 from semantic_ep.serve.scheduling.measured import measured_accelerator, serving_cost
 from semantic_ep.serve.scheduling.queue import Scheduler

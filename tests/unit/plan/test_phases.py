@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from semantic_ep.errors import PlacementError
 from semantic_ep.plan.phases import PhasePlacements
 from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime.slots import slot_tables
 
 LAYERS, EXPERTS = 2, 8
 
@@ -59,7 +60,8 @@ def test_a_token_meets_experts_on_its_rank_or_where_its_phase_has_them(both):
     phases = PhasePlacements.of(*both)
     slots = phases.resident.physical_to_logical_map
     for rank in range(phases.resident.ep_size):
-        for own, table in zip(both, phases.slot_tables(rank=rank), strict=True):
+        for own, serving in zip(both, phases.serving(rank), strict=True):
+            table = slot_tables(serving, rank=rank)
             for layer in range(LAYERS):
                 assert slots[layer, table[layer]].tolist() == list(range(EXPERTS))
                 where = table[layer] // phases.resident.slots_per_rank
@@ -78,7 +80,8 @@ def test_of_remote_copies_the_one_on_the_tokens_node_serves():
     phases = PhasePlacements.of(spread, spread)
     nodes = np.array([0, 0, 1, 1, 1])
     for rank, copy in ((1, 0), (3, 2), (4, 2)):
-        table, _ = phases.slot_tables(rank=rank, node_of_rank=nodes)
+        prefill, _ = phases.serving(rank)
+        table = slot_tables(prefill, rank=rank, node_of_rank=nodes)
         assert table[0, 0] // phases.resident.slots_per_rank == copy
 
 
