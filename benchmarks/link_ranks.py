@@ -28,6 +28,7 @@ from benchmarks.link_hosts import INTERFACE, Command, execute
 from semantic_ep.artifacts import write_file_atomically
 from semantic_ep.integrations.deepspeed.inference import init_distributed
 from semantic_ep.plan.plan import Plan
+from semantic_ep.runtime.collectives import leave
 from semantic_ep.serve.compare import ServingMode, compare_modes
 from semantic_ep.serve.engine import Generation, SemanticInferenceEngine
 
@@ -217,4 +218,4 @@ def _serve(job: Job, modes: Mapping[str, ServingMode]) -> Iterator[dict[str, Any
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

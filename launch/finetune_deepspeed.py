@@ -45,6 +45,7 @@ from semantic_ep.integrations.deepspeed import (
 from semantic_ep.integrations.deepspeed.inference import init_distributed
 from semantic_ep.integrations.deepspeed.observation import find_routers
 from semantic_ep.observe.traces import RoutingTrace
+from semantic_ep.runtime.collectives import leave
 from semantic_ep.tracking import Tracker
 
 HOLDOUT_BATCH = 8
@@ -358,4 +359,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -31,6 +31,7 @@ from trainlog import log_profile, log_step, show_reports
 
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import BackendError, ConfigError, SemanticEPError, explain
+from semantic_ep.runtime.collectives import leave
 from semantic_ep.tracking import Tracker
 
 
@@ -285,4 +286,4 @@ def run_training(args: argparse.Namespace) -> None:
 
 # Megatron's checkpoint writer starts processes that import this file again.
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

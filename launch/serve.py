@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from semantic_ep.artifacts import write_file_atomically
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, SemanticEPError, explain
 from semantic_ep.integrations.deepspeed.inference import init_distributed
-from semantic_ep.runtime.collectives import peer_guard
+from semantic_ep.runtime.collectives import leave, peer_guard
 from semantic_ep.serve.arguments import add_job_arguments, parse_server_arguments
 from semantic_ep.serve.compare import ServingMode, compare_modes
 from semantic_ep.serve.job import (
@@ -298,9 +297,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             # An orderly end would wait for the peer that is gone.
-            os._exit(2)
+            leave(2)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

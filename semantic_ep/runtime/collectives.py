@@ -1,10 +1,14 @@
-"""Collectives that name the failure of a peer instead of a socket error."""
+"""Collectives that name the failure of a peer instead of a socket error, and the end of a rank."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from semantic_ep.errors import PeerFailureError, explain
 
@@ -30,3 +34,22 @@ def peer_guard(operation: str, group: ProcessGroup) -> Iterator[None]:
                 do="Look for the first error among the other ranks' logs, then restart the group",
             )
         ) from error
+
+
+def leave(code: int) -> NoReturn:
+    """End the process of a rank with an exit code, without finalizing its interpreter.
+
+    A thread of gloo may let go of a tensor after the last collective has returned, and after
+    `destroy_process_group` where a framework still holds the group. To do so it takes the GIL, and
+    taking the GIL of an interpreter that is being finalized ends the process by SIGABRT
+    (https://github.com/pytorch/pytorch/pull/179291): a run that did all its work would fail.
+
+    Handlers of `atexit` run and streams are flushed. Threads are waited for, as at any exit, unless
+    the rank failed: they may wait for a peer that is gone.
+    """
+    if code == 0:
+        threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

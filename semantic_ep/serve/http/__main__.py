@@ -20,6 +20,7 @@ from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import SemanticEPError
 from semantic_ep.integrations.deepspeed.inference import init_distributed
 from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.runtime.collectives import leave
 from semantic_ep.serve.arguments import parse_server_arguments
 from semantic_ep.serve.engine import SemanticInferenceEngine
 from semantic_ep.serve.http.auth import read_api_keys
@@ -138,10 +139,10 @@ def start(args: argparse.Namespace) -> int:
     except SemanticEPError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # An orderly end would wait for a peer that is gone.
-        os._exit(2)
+        leave(2)
     dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(start(parse_server_arguments()))
+    leave(start(parse_server_arguments()))
