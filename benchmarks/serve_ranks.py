@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.schedule import Schedule
+from semantic_ep.runtime.collectives import from_all_ranks
 from semantic_ep.serve.engine import SemanticInferenceEngine
 from semantic_ep.serve.protocol import (
     Engine,
@@ -408,6 +409,5 @@ def _reference(job: Job) -> list[list[int]]:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    everyone: list[Any] = [None] * ranks
-    dist.all_gather_object(everyone, mine)
+    everyone = from_all_ranks(mine, "gathering of the reference")
     return [everyone[number % ranks][number // ranks] for number in range(len(job.prompts))]

@@ -38,7 +38,7 @@ from semantic_ep.artifacts import write_file_atomically
 from semantic_ep.config import SemanticEPConfig
 from semantic_ep.errors import ConfigError, SemanticEPError, explain
 from semantic_ep.integrations.deepspeed.inference import init_distributed
-from semantic_ep.runtime.collectives import leave, peer_guard
+from semantic_ep.runtime.collectives import from_all_ranks, leave, peer_guard
 from semantic_ep.serve.arguments import add_job_arguments, parse_server_arguments
 from semantic_ep.serve.compare import ServingMode, compare_modes
 from semantic_ep.serve.job import (
@@ -170,9 +170,7 @@ def check_against_one_process(
         progress=dist.get_rank() == 0,
     )
     differing = [index for index, want in zip(mine, expected) if outputs[index] != want]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    with peer_guard("gathering of the check", dist.group.WORLD):
-        dist.all_gather_object(everyone, differing)
+    everyone = from_all_ranks(differing, "gathering of the check")
     different = sorted(index for part in everyone for index in part)
     if different and dist.get_rank() == 0:
         print(f"requests that differ from one process: {different}", file=sys.stderr)

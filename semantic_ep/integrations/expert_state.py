@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from semantic_ep.errors import PlacementError, explain
+from semantic_ep.runtime.collectives import from_all_ranks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,8 +67,7 @@ def whole_states(states: Mapping[str, Any], shape: torch.Size) -> dict[str, Piec
 def agreed_kinds(pieces: Sequence[Pieces]) -> dict[str, torch.dtype]:
     """States that any rank holds of any parameter, with their dtypes; collective over all ranks."""
     mine = {name: piece.values.dtype for of_one in pieces for name, piece in of_one.items()}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = from_all_ranks(mine, "agreement on the optimizer's states")
     return {name: kinds[name] for kinds in everyone for name in sorted(kinds)}
 
 

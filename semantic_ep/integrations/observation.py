@@ -24,6 +24,7 @@ from semantic_ep.observe.counters import CounterLimits
 from semantic_ep.observe.profile import RoutingProfile
 from semantic_ep.observe.recorder import RoutingRecorder
 from semantic_ep.observe.traces import RoutingTrace
+from semantic_ep.runtime.collectives import from_all_ranks
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -166,8 +167,7 @@ class RoutingObservation(ABC):
 def group_on_host(ranks: Sequence[int]) -> dist.ProcessGroup:
     """A gloo group of these ranks; collective over all ranks, each naming the group it is in."""
     mine = tuple(ranks)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = from_all_ranks(mine, "creation of groups on the host")
     group = None
     for members in sorted(set(everyone)):
         created = dist.new_group(list(members), backend="gloo")

@@ -18,6 +18,7 @@ from semantic_ep.errors import BackendError, explain
 from semantic_ep.observe.micro_batch import MicroBatch
 from semantic_ep.observe.reduction import receive_part, send_part
 from semantic_ep.observe.samples import Part, join_layers, no_samples
+from semantic_ep.runtime.collectives import from_all_ranks
 
 
 class StageExchange:
@@ -32,8 +33,7 @@ class StageExchange:
             top_k: Experts a token activates (K).
         """
         self._group, self._top_k = group, top_k
-        everyone: list[Sequence[int]] = [()] * group.size()
-        dist.all_gather_object(everyone, tuple(layers), group=group)
+        everyone = from_all_ranks(tuple(layers), "agreement on the layers of stages", group)
         self.owner = {layer: stage for stage, owned in enumerate(everyone) for layer in owned}
         """MoE layer -> the stage that runs it."""
 
@@ -80,9 +80,8 @@ class StageExchange:
     def _share_tokens(self, batches: list[MicroBatch]) -> list[int]:
         """Send the first stage's token ids, masks and sequences; returns tokens a micro-batch."""
         first = self._group.rank() == 0
-        passes: list[list[int]] = [[]] * self._group.size()
         own = [batch.token_id_T.numel() if first else -1 for batch in batches]
-        dist.all_gather_object(passes, own, group=self._group)
+        passes = from_all_ranks(own, "sharing of token ids among stages", self._group)
         # All stages know, so that all stop, and none waits for another.
         if len({len(each) for each in passes}) > 1:
             raise BackendError(

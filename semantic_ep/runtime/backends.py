@@ -14,7 +14,7 @@ import logging
 from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from semantic_ep.errors import BackendError, explain
-from semantic_ep.runtime.collectives import peer_guard
+from semantic_ep.runtime.collectives import from_all_ranks
 from semantic_ep.runtime.deepep import DeepEPBackend
 from semantic_ep.runtime.dispatch import Dispatched, Dispatcher, LocalFirstDispatcher
 from semantic_ep.runtime.kernels.backend import EmulatedKernelsBackend, KernelsBackend
@@ -341,13 +341,9 @@ class VerifiedDispatcher:
 
     def _problem_of_any_rank(self, problem: str | None) -> str | None:
         """The first rank's problem, the same on all ranks; None if no rank has one. Collective."""
-        import torch.distributed as dist
-
         if self.group.size() == 1:
             return problem
-        problems: list[str | None] = [None] * self.group.size()
-        with peer_guard("agreement on a dispatch backend", self.group):
-            dist.all_gather_object(problems, problem, group=self.group)
+        problems = from_all_ranks(problem, "agreement on a dispatch backend", self.group)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(problems) if text), None)
 
 

@@ -8,12 +8,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from semantic_ep.errors import PeerFailureError, explain
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -34,6 +36,26 @@ def peer_guard(operation: str, group: ProcessGroup) -> Iterator[None]:
                 do="Look for the first error among the other ranks' logs, then restart the group",
             )
         ) from error
+
+
+def from_all_ranks(mine: T, operation: str, group: ProcessGroup | None = None) -> list[T]:
+    """What every rank of a group passed, in their order; collective.
+
+    Args:
+        mine: Of this rank; pickles.
+        operation: What fails when a peer is gone, for the message.
+        group: All ranks of the job by default.
+
+    Raises:
+        PeerFailureError: Another rank died or did not answer in time.
+    """
+    import torch.distributed as dist
+
+    ranks = dist.group.WORLD if group is None else group
+    everyone: list[T | None] = [None] * ranks.size()
+    with peer_guard(operation, ranks):
+        dist.all_gather_object(everyone, mine, group=ranks)
+    return cast("list[T]", everyone)
 
 
 def leave(code: int) -> NoReturn:

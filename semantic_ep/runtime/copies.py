@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from semantic_ep.runtime.collectives import peer_guard
+from semantic_ep.runtime.collectives import from_all_ranks, peer_guard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -98,8 +98,8 @@ class CopySums:
             group: All ranks that hold pieces of these copies, of a backend that moves their device.
         """
         self._pieces, self._group = pieces, group
-        everyone: list[Any] = [None] * group.size()
-        dist.all_gather_object(everyone, [piece.place for piece in pieces], group=group)
+        places = [piece.place for piece in pieces]
+        everyone = from_all_ranks(places, "agreement on the copies of experts", group)
         self._batches = list(_batches(everyone, group.rank()))
         self._device = torch.device("cuda") if dist.get_backend(group) == "nccl" else None
 

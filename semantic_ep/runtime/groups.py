@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 
 from semantic_ep.errors import ConfigError, explain
+from semantic_ep.runtime.collectives import from_all_ranks
 from semantic_ep.runtime.grid import (
     DENSE_AXES,
     DENSE_KINDS,
@@ -173,10 +174,7 @@ class ProcessGroups:
 
 def topology_of_job() -> Topology:
     """Node of every rank of the job, by host name; collective."""
-    import torch.distributed as dist
-
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
+    names = from_all_ranks(socket.gethostname(), "gathering of host names")
     nodes = list(dict.fromkeys(names))
     return Topology(node_of_rank=tuple(nodes.index(name) for name in names))
 

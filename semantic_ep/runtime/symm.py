@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from semantic_ep.errors import BackendError, explain
+from semantic_ep.runtime.collectives import from_all_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 _SHM_DIRECTORY = Path("/dev/shm")
 _SHM_PREFIX = "semantic_ep-"
 _SHM_STALE_S = 60.0
+_SHARING = "sharing of memory blocks"
 
 
 class SymmetricMemory(Protocol):
@@ -138,8 +140,7 @@ class PosixSharedMemory:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 self._reserve(file.fileno())
-                paths: list[str] = [""] * group.size()
-                dist.all_gather_object(paths, str(path), group=group)
+                paths = from_all_ranks(str(path), _SHARING, group)
                 self._maps = [self._map(name) for name in paths]
                 self.barrier()
             finally:
@@ -245,8 +246,7 @@ class CudaIpcMemory:
         self._group, self._device, self._library = group, device, library
         with torch.cuda.device(device):
             self._own = library.allocate(num_bytes)
-            handles: list[bytes] = [b""] * group.size()
-            dist.all_gather_object(handles, library.export(self._own), group=group)
+            handles = from_all_ranks(library.export(self._own), _SHARING, group)
             self.pointers = [
                 self._own if rank == self.rank else library.map(handle)
                 for rank, handle in enumerate(handles)
@@ -271,8 +271,7 @@ class CudaIpcMemory:
 
 def require_one_machine(group: ProcessGroup) -> None:
     """Raise `BackendError`, on every rank, unless the group is on one machine; collective."""
-    hosts = [""] * group.size()
-    dist.all_gather_object(hosts, _machine(), group=group)
+    hosts = from_all_ranks(_machine(), "gathering of host names", group)
     if len(set(hosts)) > 1:
         raise BackendError(
             explain(

@@ -15,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from semantic_ep.integrations.token_slices import SHUFFLE_COUNTERS
-from semantic_ep.runtime.collectives import peer_guard
+from semantic_ep.runtime.collectives import from_all_ranks, peer_guard
 from semantic_ep.serve.engine import SemanticInferenceEngine
 
 PHASES = ("dispatch", "experts", "combine")
@@ -90,7 +90,8 @@ def compare_modes(
         order = list(modes) if number % 2 == 0 else list(reversed(modes))
         for name in order:
             mine = _serve(modes[name], prompts, max_new_tokens, max_batch_size)
-            measured[name].append(_from_all_ranks(modes[name].engine, mine))
+            group = modes[name].engine.group
+            measured[name].append(from_all_ranks(mine, "gathering of results", group))
             if on_round is not None:
                 on_round(name)
     outputs = {}
@@ -128,13 +129,6 @@ def _serve(
     )
 
 
-def _from_all_ranks(engine: SemanticInferenceEngine, mine: Any) -> list[Any]:
-    everyone: list[Any] = [None] * engine.group.size()
-    with peer_guard("gathering of results", engine.group):
-        dist.all_gather_object(everyone, mine, group=engine.group)
-    return everyone
-
-
 def _summarise(
     mode: ServingMode, per_round: list[list[_Round]], outputs: list[list[int]]
 ) -> dict[str, Any]:
@@ -154,7 +148,7 @@ def _summarise(
         for one in per_round
     ]
     median = {phase: float(np.median([one[phase] for one in seconds])) for phase in seconds[0]}
-    resident = _from_all_ranks(engine, engine.expert_bytes_resident)
+    resident = from_all_ranks(engine.expert_bytes_resident, "gathering of results", engine.group)
     return {
         "lar": (local_L / np.maximum(activations.sum(axis=(0, 2)), 1)).tolist(),
         "remote_copies": (remote_rows_L / tokens_L).tolist(),

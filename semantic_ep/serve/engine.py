@@ -23,7 +23,7 @@ from semantic_ep.errors import RequestError, explain
 from semantic_ep.integrations.deepspeed.inference import ExpertParallelModel, init_inference
 from semantic_ep.integrations.sharded_loading import expert_bytes
 from semantic_ep.plan.placement import Placement
-from semantic_ep.runtime.collectives import peer_guard
+from semantic_ep.runtime.collectives import from_all_ranks, peer_guard
 from semantic_ep.serve.blocks import BLOCK_SIZE, blocks_for
 from semantic_ep.serve.protocol import EngineRequest, SamplingParams
 from semantic_ep.serve.requests import check_request
@@ -161,9 +161,7 @@ class SemanticInferenceEngine:
         return Generation(outputs=outputs, seconds=self.model.context.timer.seconds(), steps=steps)
 
     def _of_rank_0(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        everyone: list[Any] = [None] * self.group.size()
-        with peer_guard("gathering of prompts", self.group):
-            dist.all_gather_object(everyone, prompts, group=self.group)
+        everyone = from_all_ranks(prompts, "gathering of prompts", self.group)
         if any(everyone[1:]):
             raise RequestError(
                 explain(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -16,7 +15,7 @@ from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.deepspeed import read_config
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.plan import Plan
-from semantic_ep.runtime.collectives import peer_guard
+from semantic_ep.runtime.collectives import from_all_ranks
 from semantic_ep.runtime.groups import GroupPlan
 from semantic_ep.serve.attention import attention_options
 from semantic_ep.serve.engine import SemanticInferenceEngine
@@ -135,12 +134,9 @@ def local_device(args: argparse.Namespace) -> torch.device:
 
 def peak_rss_bytes() -> list[int]:
     """Largest resident memory of every rank's process so far; all ranks call this together."""
-    everyone: list[Any] = [None] * dist.get_world_size()
     # Linux counts in KiB.
     mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    with peer_guard("gathering of memory sizes", dist.group.WORLD):
-        dist.all_gather_object(everyone, mine)
-    return everyone
+    return from_all_ranks(mine, "gathering of memory sizes")
 
 
 def load_engine(

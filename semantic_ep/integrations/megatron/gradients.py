@@ -18,6 +18,7 @@ from torch import nn
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.megatron.copies import GOT, WHERE, rows_of
 from semantic_ep.integrations.megatron.layer import SemanticMoELayer
+from semantic_ep.runtime.collectives import from_all_ranks
 from semantic_ep.runtime.copies import CopyGradient, CopySums
 from semantic_ep.runtime.groups import create_groups
 
@@ -106,8 +107,7 @@ def _group(chunk: nn.Module) -> dist.ProcessGroup:
         group: dist.ProcessGroup = chunk.ep_group
         return group
     mine = [dist.get_process_group_ranks(group) for group in (chunk.ep_group, chunk.expt_dp_group)]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = from_all_ranks(mine, "gathering of expert groups")
     together = {
         tuple(sorted({rank for member in experts for rank in everyone[member][1]}))
         for experts, _ in everyone

@@ -30,6 +30,7 @@ from semantic_ep.integrations.observation import (
 )
 from semantic_ep.integrations.stages import StageExchange, join_parts
 from semantic_ep.observe.micro_batch import MicroBatch
+from semantic_ep.runtime.collectives import from_all_ranks
 
 
 class ModelObservation(RoutingObservation):
@@ -229,8 +230,7 @@ def _layers_in(part: nn.Module, routers: dict[int, nn.Module]) -> tuple[int, ...
 def _first_rank_with_same_batch(groups: Collection[dist.ProcessGroup]) -> int:
     """The first of the ranks that work on this rank's batch, in whatever way; collective."""
     neighbours = {rank for group in groups for rank in dist.get_process_group_ranks(group)}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, neighbours)
+    everyone = from_all_ranks(neighbours, "gathering of the ranks of a batch")
     reached: set[int] = set()
     left = {dist.get_rank()}
     while left:

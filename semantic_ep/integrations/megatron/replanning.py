@@ -31,6 +31,7 @@ from semantic_ep.integrations.megatron.copies import rows_of
 from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
 from semantic_ep.integrations.megatron.observation import bare_model
 from semantic_ep.plan.placement import Placement
+from semantic_ep.runtime.collectives import from_all_ranks
 from semantic_ep.runtime.exchange import Exchanged, exchange_experts
 from semantic_ep.runtime.groups import topology_of_job
 
@@ -141,9 +142,7 @@ class ModelPlacement:
 
 def _everyone(mine: Any) -> list[Any]:
     """What every rank passed, in their order; collective over all ranks."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    return from_all_ranks(mine, "agreement on the move of experts")
 
 
 def _prepared_by_all(prepare: Callable[[], _Prepared]) -> _Prepared:

@@ -1,14 +1,19 @@
-"""Ranks end with the exit code of their work, whatever threads still do."""
+"""What ranks tell each other, the loss of a peer, and the end of a rank."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 pytest.importorskip("torch")
+
+from semantic_ep.errors import PeerFailureError
+from semantic_ep.runtime.collectives import from_all_ranks
+from tests.distributed.launcher import run_ranks
 
 # Gloo's threads hold the last references to these tensors. An attribute gives a tensor a Python
 # object that is worth keeping, which takes the GIL to let go.
@@ -37,6 +42,33 @@ threading.Thread(target=lambda: (time.sleep({seconds}), print("thread", end=" ")
 print("main", end=" ")
 leave({code})
 """
+
+
+def told(rank, ranks):
+    import torch.distributed as dist
+
+    pairs = [dist.new_group([0, 2]), dist.new_group([1])]
+    everyone = from_all_ranks({"rank": rank}, "telling")
+    return everyone, from_all_ranks(f"r{rank}", "telling", pairs[rank % 2])
+
+
+def left_alone(rank, ranks):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(PeerFailureError, match="sharing of plans failed on rank 0 of 2") as caught:
+        from_all_ranks(rank, "sharing of plans")
+    return str(caught.value)
+
+
+def test_ranks_get_what_each_passed_in_the_order_of_the_group():
+    results = run_ranks(told, 3)
+    everyone = [{"rank": rank} for rank in range(3)]
+    assert results == [(everyone, group) for group in (["r0", "r2"], ["r1"], ["r0", "r2"])]
+
+
+def test_a_lost_peer_is_named_as_such():
+    message, _ = run_ranks(left_alone, 2, dying=[1])
+    assert "another rank of the group died" in message
 
 
 def run(*command, **more):
