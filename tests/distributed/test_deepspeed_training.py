@@ -445,6 +445,25 @@ def test_what_cannot_be_observed_is_refused_with_the_reason(tmp_path):
     run_ranks(_refusals, 2, tmp_path / "profile")
 
 
+def _correct_choices(rank, ranks, output):
+    from deepspeed.module_inject import auto_ep_layer
+
+    model, config = tiny_model("deepseek_v3"), deepspeed_config(output)
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias.copy_(torch.arange(8.0))
+    if hasattr(auto_ep_layer, "_copy_e_score_correction_bias"):  # From 0.19.7.
+        for router in autoep_routers(start(model, config)):
+            torch.testing.assert_close(router.e_score_correction_bias.cpu(), torch.arange(8.0))
+        return
+    with pytest.raises(ConfigError, match=r"leaves out model\..*e_score_correction_bias"):
+        start(model, config)
+
+
+def test_the_bias_of_a_router_is_observed_or_refused_where_autoep_leaves_it_out(tmp_path):
+    run_ranks(_correct_choices, 2, tmp_path / "profile")
+
+
 def _without_observation(rank, ranks):
     engine = start(tiny_model(), deepspeed_config())
     ours = [

@@ -144,6 +144,8 @@ def test_native_layers_are_refused_since_deepspeed_itself_cannot_convert_their_e
         inject_missing_state=True,
     )
     # The experts of two ranks, taken for two halves of one: a weight or a bias, in no order.
-    whole, size = r"shape '\[16(?:, 16)?\]'", r"(?:32|512)"
-    with pytest.raises(RuntimeError, match=f"{whole} is invalid for input of size {size}"):
+    halves = r"shape '\[16(?:, 16)?\]' is invalid for input of size (?:32|512)"
+    # Before 0.19.5 it takes the files of experts for those of pipeline stages.
+    stages = r"Cannot find layer_01\* files"
+    with pytest.raises((RuntimeError, AssertionError), match=f"{halves}|{stages}"):
         ds_to_universal.main(arguments)

@@ -13,7 +13,6 @@ activations of all ranks in a window of recent passes. It is 1 when balanced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,8 +52,7 @@ class LoadBalancingLoss:
             len(routers), routers[0].num_experts, device=routers[0].weight.device
         )
         for router in routers:
-            router.gate.register_forward_hook(self._on_logits)
-            router.module.register_forward_hook(self._on_route(router))
+            self._attach(router)
 
     def of_last_pass(self, mask_T: Tensor) -> Tensor:
         """The loss of the forward pass since the last call, mean over layers; collective.
@@ -87,13 +85,19 @@ class LoadBalancingLoss:
         busiest_L = self._recent_LE.max(dim=1).values / self._recent_LE.mean(dim=1)
         return float(busiest_L.mean())
 
-    def _on_logits(self, module: nn.Module, _args: Any, output: Any) -> None:
-        if module.training and torch.is_grad_enabled():
-            self._logits_TE.append(output if isinstance(output, Tensor) else output[0])
+    def _attach(self, router: ObservedRouter) -> None:
+        latest: list[Tensor] = []
 
-    def _on_route(self, router: ObservedRouter) -> Callable[..., None]:
-        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+        def on_logits(_module: nn.Module, _args: Any, output: Any) -> None:
+            # AutoEP calls the gate again where transformers records its logits: up to 0.19.7 in a
+            # hook of the router, which runs before ours, and since then after the router.
+            latest[:] = [output if isinstance(output, Tensor) else output[0]]
+
+        def on_route(module: nn.Module, _args: Any, output: Any) -> None:
             if module.training and torch.is_grad_enabled():
+                self._logits_TE += latest
                 self._expert_TK.append(router.experts(output))
+            latest.clear()
 
-        return hook
+        router.gate.register_forward_hook(on_logits)
+        router.module.register_forward_hook(on_route)

@@ -110,12 +110,14 @@ def initialize(
                 )
             )
     plain = {key: value for key, value in deepspeed_config.items() if key != SECTION}
+    biases = _correction_biases(model) if observe else []
     engine, *others = deepspeed.initialize(
         args=_without_config(args), model=model, config=plain, **deepspeed_arguments
     )
     engine.semantic_ep = engine.replanning = None
     engine.placed_experts = placed_experts
     if observe:
+        _check_kept(biases, engine.module)
         engine.semantic_ep = EngineObservation(
             engine,
             settings.observe,
@@ -306,6 +308,36 @@ def _identity_of_layers(model: nn.Module) -> ModelFingerprint:
         num_experts=routers[0].num_experts,
         top_k=routers[0].top_k,
     )
+
+
+def _correction_biases(model: nn.Module | None) -> list[str]:
+    """Names of what routers add to their scores to choose experts."""
+    if model is None:
+        return []
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, _ in tensors if name.endswith(".e_score_correction_bias")]
+
+
+def _check_kept(biases: list[str], model: nn.Module) -> None:
+    """Raise if AutoEP left out a router's bias, as it does with a buffer up to 0.19.6."""
+    import deepspeed
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    for block, layer in model.named_modules():
+        bias = next((name for name in biases if name.startswith(f"{block}.")), None)
+        if bias is None or not isinstance(layer, AutoEPMoELayer):
+            continue
+        if layer.router.e_score_correction_bias is None:
+            raise ConfigError(
+                explain(
+                    f"AutoEP of this DeepSpeed leaves out {bias}, so that tokens go to other "
+                    "experts than the model's own",
+                    where="expert_parallel.enabled",
+                    got=f"deepspeed {deepspeed.__version__}",
+                    allowed="deepspeed >=0.19.7 for this family",
+                    do="Install that, or train under a plan, which leaves routers as they are",
+                )
+            )
 
 
 def _vocab_size(model: nn.Module) -> int:
