@@ -47,6 +47,11 @@ class PlacedModel(Protocol):
         ...
 
     @property
+    def sources(self) -> Placement:
+        """The slots of its placement that a move can take experts from; see `propose`."""
+        ...
+
+    @property
     def topology(self) -> Topology:
         """Nodes of the EP group of rank 0."""
         ...
@@ -153,6 +158,7 @@ class Replanning:
                 row_bytes=self._model.row_bytes,
                 expert_bytes=expert_bytes,
                 horizon_tokens=tokens if horizon == "auto" else horizon,
+                sources=self._model.sources,
                 time_limit=PLANNING_SECONDS,
             )
         except SemanticEPError as error:

@@ -108,6 +108,16 @@ class Placement:
         return copies
 
     @cached_property
+    def first_copies(self) -> Placement:
+        """The first copy of each expert alone; slots of further copies are empty."""
+        return dataclasses.replace(
+            self,
+            physical_to_logical_map=np.where(
+                self.copy_of_slot > 0, -1, self.physical_to_logical_map
+            ),
+        )
+
+    @cached_property
     def expert_on_rank(self) -> np.ndarray:
         """[L, E, G] bool, whether a rank holds a copy of an expert."""
         held = np.zeros((self.num_layers, self.num_experts, self.ep_size), dtype=bool)

@@ -2,7 +2,8 @@
 
 In training no schedule sends sequences to the ranks of their experts: data loaders deal them out
 blindly. What a placement saves there are remote copies alone, by keeping experts together that are
-activated together.
+activated together. Where the placement in force has copies of experts, a new one has as many slots
+on each rank, and copies in those beyond an even share.
 
 A candidate is planned on routing up to a point, and judged on routing after it. That is also how it
 will be used: on weights that have moved on since.
@@ -24,10 +25,15 @@ from semantic_ep.plan.effect import Workload, effect_on_time
 from semantic_ep.plan.moving import relabel_ranks
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.policies import policy
+from semantic_ep.plan.replicas import add_replicas
 from semantic_ep.plan.verdict import home_ranks
 from semantic_ep.topology import Topology
 
 POLICY = "semantic-requests"
+
+# To choose copies: each entry of the token tables is looked at once for every pair of ranks and
+# spare slot, which takes this long on one core.
+SECONDS_AN_ENTRY = 1e-8
 
 # The interval of a saving means nothing over a handful of sequences.
 MIN_SEQUENCES = 16
@@ -56,6 +62,7 @@ def propose(
     row_bytes: int,
     expert_bytes: int,
     horizon_tokens: float,
+    sources: Placement | None = None,
     time_limit: float | None = None,
 ) -> Proposal:
     """Plan on `earlier`, and propose the plan if it pays on `window`.
@@ -71,7 +78,10 @@ def propose(
         row_bytes: Bytes of one token's hidden vector.
         expert_bytes: Bytes of one expert in one layer, optimizer state included.
         horizon_tokens: Trained tokens within which the move must pay.
-        time_limit: Seconds for the solver.
+        sources: The slots of `current` that hold their experts with optimizer state, from which all
+            others are filled when experts move; None: all that are not empty.
+        time_limit: Seconds for the solver, and about as many for the choice of copies, which looks
+            at as many of the most frequent token ids as they allow; None: no limit.
 
     Raises:
         PlacementError: Ranks cannot have equally many experts.
@@ -82,16 +92,19 @@ def propose(
             f"{MIN_SEQUENCES} needed"
         )
         return Proposal(placement=None, report={"reason": reason})
+    sources = current if sources is None else sources
     wanted = policy(POLICY).place(
         earlier, ep_size=current.ep_size, time_limit=time_limit, topology=topology
     )
-    wanted = relabel_ranks(_in_slots(wanted, current), current, topology=topology)
+    if current.has_replicas:
+        wanted = _with_copies(wanted, earlier, current, topology, time_limit)
+    wanted = relabel_ranks(_in_slots(wanted, current), sources, topology=topology)
     home = home_ranks(window, current, None, "requests")
     before, after = (evaluate(p, window, home, topology=topology) for p in (current, wanted))
     effect = effect_on_time(
         before,
         after,
-        current,
+        sources,
         wanted,
         topology=topology,
         # The backward pass sends as many rows as the forward pass.
@@ -102,7 +115,8 @@ def propose(
     )
     low, high = saving_interval(plain, planned, window)
     break_even = effect["break_even_tokens"]
-    pays = break_even is not None and break_even <= horizon_tokens and low > 0
+    in_force = np.array_equal(wanted.expert_on_rank, current.expert_on_rank)
+    pays = not in_force and break_even is not None and break_even <= horizon_tokens and low > 0
     return Proposal(
         placement=wanted if pays else None,
         report={
@@ -112,14 +126,14 @@ def propose(
             "bytes_to_move": effect["bytes_to_move"],
             "break_even_tokens": break_even,
             "horizon_tokens": horizon_tokens,
-            "reason": _reason(effect, low, horizon_tokens),
+            "reason": _reason(effect, low, horizon_tokens, in_force=in_force),
         },
     )
 
 
-def _reason(effect: Mapping[str, Any], low: float, horizon_tokens: float) -> str:
+def _reason(effect: Mapping[str, Any], low: float, horizon_tokens: float, *, in_force: bool) -> str:
     break_even = effect["break_even_tokens"]
-    if effect["bytes_to_move"] == 0:
+    if in_force:
         return "does not pay: the new plan is the one in force"
     if break_even is None:
         return "does not pay: the busiest rank would gain nothing"
@@ -132,6 +146,38 @@ def _reason(effect: Mapping[str, Any], low: float, horizon_tokens: float) -> str
     if low <= 0:
         return f"does not pay: the saving may be chance ({moving})"
     return f"pays: {moving}"
+
+
+def _with_copies(
+    wanted: Placement,
+    profile: RoutingProfile,
+    current: Placement,
+    topology: Topology,
+    time_limit: float | None,
+) -> Placement:
+    """The placement with copies in the slots that the one in force has besides."""
+    spare = current.slots_per_rank - wanted.slots_per_rank
+    spare = min(spare, wanted.num_experts - wanted.slots_per_rank)
+    if time_limit is not None:
+        pairs = wanted.ep_size**2 * (1 + spare)
+        profile = _most_frequent(profile, time_limit / (pairs * SECONDS_AN_ENTRY))
+    return add_replicas(
+        wanted,
+        profile,
+        slots_per_rank=spare,
+        topology=topology,
+        scheduled=0.0,  # Any rank trains any sequence.
+    )
+
+
+def _most_frequent(profile: RoutingProfile, entries: float) -> RoutingProfile:
+    """The profile with the most frequent token ids, as far as their tables have few entries."""
+    entries_V = sum(np.diff(table.indptr) for table in profile.token_expert)
+    order = np.argsort(-profile.token_count, kind="stable")
+    left_out = order[np.cumsum(entries_V[order]) > entries]
+    count_V = profile.token_count.copy()
+    count_V[left_out] = 0
+    return dataclasses.replace(profile, token_count=count_V)
 
 
 def _in_slots(wanted: Placement, current: Placement) -> Placement:

@@ -49,7 +49,7 @@ class Exchanged:
     """What an exchange did, in all layers.
 
     Attributes:
-        experts_moved: Slots of an EP group that got another expert.
+        experts_moved: Slots of an EP group that were filled from another slot.
         bytes_moved: Contents that went to another rank of it.
         sha256: Of the checksums of all logical experts, the same before and after.
     """

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 
@@ -12,7 +10,6 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
 
 import numpy as np
-import torch
 
 from semantic_ep.errors import ConfigError, PlacementError
 from semantic_ep.plan.placement import Placement
@@ -27,6 +24,7 @@ from tests.distributed.test_deepspeed_placed import (
     train,
 )
 from tests.distributed.test_deepspeed_training import start, tiny_model
+from tests.distributed.test_exchange import drawn, one_bit_lost
 
 pytestmark = pytest.mark.distributed
 
@@ -34,6 +32,10 @@ pytestmark = pytest.mark.distributed
 BF16 = {"bf16": {"enabled": True}}
 # Tiny parameters would all be kept whole.
 IN_PIECES = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+SINGLE = Placement.from_rank_of_expert(np.array(MIXED), ep_size=2)
+# A bad choice of copies for the routing of this model.
+COPIED = drawn(49, 2, 6)
 
 
 def moved_by_hand(engine, seed):
@@ -127,34 +129,22 @@ def _decide_in_a_run(rank, ranks, plan, output, stage):
 
     damaged = observed("damaged", horizon_tokens=10**9)
     train(damaged, data[:7])
-    with pytest.raises(PlacementError, match="differ after the exchange"), one_bit_lost(rank):
+    lost = one_bit_lost(here=rank == 1)
+    with lost, pytest.raises(PlacementError, match="differ after the exchange"):
         train(damaged, data[7:8])
-    placements = [e.placed_experts.placement.rank_of_expert.tolist() for e in (kept, damaged)]
-    return still, moved, (same, again), placements, train(damaged, data[8:11])
+    maps = [
+        e.placed_experts.placement.physical_to_logical_map.tolist() for e in (engine, kept, damaged)
+    ]
+    return still, moved, (same, again), maps, train(damaged, data[8:11])
 
 
-@contextmanager
-def one_bit_lost(rank):
-    """One bit of what rank 1 receives."""
-    from semantic_ep.runtime import exchange
-
-    receive = exchange._receive_layer
-
-    def damage(*call):
-        arrived = receive(*call)
-        if rank == 1 and arrived:
-            next(iter(next(iter(arrived.values())).values())).view(torch.uint8)[0, 0] ^= 1
-        return arrived
-
-    with mock.patch.object(exchange, "_receive_layer", damage):
-        yield
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_run_moves_to_a_plan_that_pays_and_resumes_under_it(tmp_path, stage):
-    plan = save_plan(tmp_path / "plan", MIXED)
+@pytest.mark.parametrize(
+    ("stage", "placement"), [(1, SINGLE), (3, COPIED)], ids=["1", "3-with-copies"]
+)
+def test_a_run_moves_to_a_plan_that_pays_and_resumes_under_it(tmp_path, stage, placement):
+    plan = save_plan(tmp_path / "plan", placement)
     result = run_ranks(_decide_in_a_run, 2, plan, tmp_path, stage)[0]
-    still, moved, (same, again), placements, damaged = result
+    still, moved, (same, again), (new, *old), damaged = result
 
     def reports(name):
         lines = (tmp_path / name / "profile-replanning.jsonl").read_text().splitlines()
@@ -175,7 +165,10 @@ def test_a_run_moves_to_a_plan_that_pays_and_resumes_under_it(tmp_path, stage):
     assert not reports("kept")[1]["applied"]
     assert "does not pay: moving" in reports("kept")[1]["reason"]
     # What was damaged on its way changed nothing, and the run could go on.
-    assert placements == [MIXED, MIXED]
+    assert old == [placement.physical_to_logical_map.tolist()] * 2
+    # In every slot an expert, or a copy of one: of as many as before.
+    assert np.shape(new) == placement.physical_to_logical_map.shape
+    assert np.min(new) == 0
     assert damaged == pytest.approx(still[8:11], abs=1e-5)
 
 

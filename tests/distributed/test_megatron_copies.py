@@ -9,10 +9,12 @@ import torch.distributed as dist
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-from semantic_ep.errors import ConfigError
+from semantic_ep.errors import ConfigError, PlacementError
+from semantic_ep.plan.placement import Placement
 from tests.distributed import megatron_tiny as tiny
 from tests.distributed.launcher import run_ranks
 from tests.distributed.megatron_tiny import Trainer
+from tests.distributed.test_exchange import drawn, one_bit_lost
 
 pytestmark = pytest.mark.distributed
 
@@ -76,6 +78,7 @@ class Case:
     overlap: bool = False
     micro_batches: int = 1
     steps: int = STEPS
+    moves: bool = False
     optimizer: dict = dataclasses.field(default_factory=dict)
 
 
@@ -88,6 +91,40 @@ def losses_of(trainer, case, data_rank, steps):
             [tiny.batch((step + 2 * micro) % 4, data_rank) for micro in range(case.micro_batches)]
         )
     ]
+
+
+def losses_of_moved(trainer, case, data_rank):
+    """The same, of experts that get other slots and copies twice, and the slots of the last."""
+    from semantic_ep.integrations.megatron.replanning import ModelPlacement
+
+    moving, losses = ModelPlacement(trainer.model, trainer.optimizer), []
+    rows, third = case.rows, case.steps // 3
+    for move in range(3):
+        losses += losses_of(trainer, case, data_rank, range(move * third, (move + 1) * third))
+        if move == 2:
+            break
+        new = other_copies(rows, case.expert_parallel, seed=move)
+        lost = one_bit_lost(here=dist.get_rank() == case.ranks - 1)
+        with lost, pytest.raises(PlacementError, match="differ after the exchange"):
+            moving.move(new)
+        assert_copies_are_alike(trainer, rows)
+        assert moving.move(new).experts_moved > 0
+        rows = new.physical_to_logical_map
+        assert_copies_are_alike(trainer, rows)
+    return losses, rows
+
+
+def other_copies(rows, ranks, *, seed):
+    """Experts elsewhere in as many slots, and copies of others."""
+    slots = rows.shape[1] // ranks
+    two_layers = [drawn([seed, half], ranks, slots) for half in range(len(rows) // 2)]
+    return Placement(
+        physical_to_logical_map=np.concatenate(
+            [each.physical_to_logical_map for each in two_layers]
+        ),
+        num_experts=tiny.EXPERTS,
+        ep_size=ranks,
+    )
 
 
 def _runs(rank, ranks, directory, case):
@@ -110,10 +147,12 @@ def _runs(rank, ranks, directory, case):
     copied = with_copies(tiny.config(**changes), case.rows, **build)
     assert_copies_are_alike(copied, case.rows)
     copied.load(directory / "start")
-    straight, losses = (
-        losses_of(trainer, case, data_rank, range(case.steps)) for trainer in (contiguous, copied)
-    )
-    assert_copies_are_alike(copied, case.rows)
+    straight = losses_of(contiguous, case, data_rank, range(case.steps))
+    if case.moves:
+        losses, rows = losses_of_moved(copied, case, data_rank)
+    else:
+        losses, rows = losses_of(copied, case, data_rank, range(case.steps)), case.rows
+    assert_copies_are_alike(copied, rows)
     measured = [contiguous.measured.copy(), copied.measured.copy()]
     copied.save(directory / "copied")
 
@@ -133,8 +172,8 @@ def _runs(rank, ranks, directory, case):
     [
         Case(2, ON_TWO, 2),
         Case(2, ON_TWO, 2, divided=True, micro_batches=2),
-        Case(4, ON_FOUR, 4),
-        Case(4, ON_TWO, 2, divided=True, overlap=True),
+        Case(4, ON_FOUR, 4, moves=True),
+        Case(4, ON_TWO, 2, divided=True, overlap=True, moves=True),
         # Steps in proportion to gradients show a wrong scale of these, which Adam hides else.
         Case(
             8,
@@ -142,11 +181,18 @@ def _runs(rank, ranks, directory, case):
             2,
             pipeline=2,
             divided=True,
-            steps=8,
+            steps=9,
+            moves=True,
             optimizer={"adam_eps": 0.1, "lr": 0.1},
         ),
     ],
-    ids=["2", "2-divided", "4", "4-in-2-groups-divided", "8-in-2-stages-divided"],
+    ids=[
+        "2",
+        "2-divided",
+        "4-moved",
+        "4-in-2-groups-divided-moved",
+        "8-in-2-stages-divided-moved",
+    ],
 )
 def test_copies_train_alike_with_the_losses_and_norms_of_single_experts(tmp_path, case):
     for (straight, losses), ends, measured in run_ranks(
@@ -165,7 +211,9 @@ def test_copies_train_alike_with_the_losses_and_norms_of_single_experts(tmp_path
 
 
 def _low_precision(rank, ranks):
-    """Master weights and their states must be alike too."""
+    """Master weights and their states must be alike too, and after a move."""
+    from semantic_ep.integrations.megatron.replanning import ModelPlacement
+
     tiny.start()
     for divided in (False, True):
         config = tiny.config(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
@@ -173,7 +221,13 @@ def _low_precision(rank, ranks):
         losses = [trainer.step([tiny.batch(0, rank)])[0] for _ in range(4)]
         assert losses[-1] < losses[0] - 0.01
         bare = dataclasses.make_dataclass("Unwrapped", ["model", "optimizer"])
-        assert_copies_are_alike(bare(trainer.model.module, trainer.optimizer), ON_TWO)
+        bare = bare(trainer.model.module, trainer.optimizer)
+        assert_copies_are_alike(bare, ON_TWO)
+        new = other_copies(ON_TWO, 2, seed=0)
+        ModelPlacement(trainer.model, trainer.optimizer).move(new)
+        losses += [trainer.step([tiny.batch(0, rank)])[0] for _ in range(3)]
+        assert losses[-1] < losses[3] - 0.01
+        assert_copies_are_alike(bare, new.physical_to_logical_map)
 
 
 def test_copies_train_alike_in_bf16():
@@ -261,7 +315,6 @@ def _refusals(rank, ranks, plan):
     from semantic_ep.config import SemanticEPConfig
     from semantic_ep.integrations.megatron import SemanticRun
     from semantic_ep.integrations.megatron.gradients import FinalizeWithCopies
-    from semantic_ep.integrations.megatron.replanning import ModelPlacement
 
     tiny.start()
     messages = []
@@ -277,8 +330,6 @@ def _refusals(rank, ranks, plan):
         return SemanticRun.prepare(settings, tiny.config(), vocab_size=tiny.VOCAB)
 
     ours = {"dispatch": {"backend": "torch"}}
-    observed = {"observe": {"output": "x"}, "replan": {"interval": 5}}
-    expect(lambda: prepare(**ours, **observed))
     run = prepare(**ours)
     assert isinstance(run.finalize_model_grads, FinalizeWithCopies)
     assert run.finalize_model_grads is run.finalize_model_grads
@@ -289,7 +340,6 @@ def _refusals(rank, ranks, plan):
         setattr(config, setting, True)
         expect(lambda config=config: with_copies(config, ON_TWO))
     trainer = with_copies(tiny.config(), ON_TWO)
-    expect(lambda: ModelPlacement(trainer.model, trainer.optimizer))
     trainer.model.ddp_config.num_distributed_optimizer_instances = 2
     expect(lambda: trainer.step([tiny.batch(0, rank)]))
     expect(lambda: FinalizeWithCopies()([trainer.model.module]))
@@ -304,11 +354,9 @@ def test_what_copies_do_not_go_with_is_refused_with_the_reason(tmp_path):
     for message, fragment in zip(
         run_ranks(_refusals, 2, tmp_path / "plan")[0],
         [
-            "--semantic-ep-replan-interval",
             "--semantic-ep-dispatch-backend",
             "--fp8-param-gather",
             "--init-model-with-meta-device",
-            "a plan with copies of experts",
             "--num-distributed-optimizer-instances",
             "--use-megatron-fsdp",
             "run.finalize_model_grads",

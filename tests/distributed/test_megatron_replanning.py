@@ -14,10 +14,13 @@ from semantic_ep.errors import ConfigError
 from semantic_ep.plan.placement import Placement
 from tests.distributed import megatron_tiny as tiny
 from tests.distributed.launcher import run_ranks
+from tests.distributed.test_exchange import drawn
 from tests.distributed.test_megatron import ROWS
 
 pytestmark = pytest.mark.distributed
 
+# A bad choice of copies for the routing of this model.
+COPIED = drawn(2, 2, 6).physical_to_logical_map
 # With the usual epsilon, Adam makes of the rounding of a tiny gradient a step of full size.
 SMOOTH = {"adam_eps": 0.1, "lr": 0.1}
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
@@ -68,16 +71,18 @@ def test_experts_and_their_optimizer_state_move_without_a_trace_in_the_losses(ra
             np.testing.assert_allclose(moved, still, atol=1e-5)
 
 
-def _decide_in_a_run(rank, ranks, directory):
+def _decide_in_a_run(rank, ranks, directory, rows):
     from semantic_ep.artifacts import ModelFingerprint
     from semantic_ep.config import SemanticEPConfig
     from semantic_ep.integrations.megatron import PlacedLayers, SemanticRun
+    from semantic_ep.integrations.megatron.dispatcher import Exchange
 
     tiny.start()
     placed = PlacedLayers(
-        placement=Placement(physical_to_logical_map=ROWS, num_experts=8, ep_size=2),
+        placement=Placement(physical_to_logical_map=rows, num_experts=8, ep_size=2),
         layer_ids=(0, 1),
     )
+    exchange = Exchange("torch", num_layers=2) if placed.placement.has_replicas else None
 
     def run(name, **replan):
         section = {
@@ -94,13 +99,17 @@ def _decide_in_a_run(rank, ranks, directory):
             vocab_size=tiny.VOCAB,
             placed=placed,
             groups=None,
+            exchange=exchange,
         )
 
     def train(name, **replan):
         reset_random_state()
-        trainer = tiny.Trainer.build(tiny.config(), ROWS, **SMOOTH)
-        observation = run(name, **replan).observe(trainer.model)
-        replanning = run(name, **replan).replan(trainer.model, trainer.optimizer, observation)
+        this = run(name, **replan)
+        trainer = tiny.Trainer.build(
+            tiny.config(), rows, exchange=exchange, finalize=this.finalize_model_grads, **SMOOTH
+        )
+        observation = this.observe(trainer.model)
+        replanning = this.replan(trainer.model, trainer.optimizer, observation)
         losses = []
         for step in range(1, 15):
             losses += losses_of(trainer, rank, [step - 1])
@@ -113,8 +122,9 @@ def _decide_in_a_run(rank, ranks, directory):
     return train("pays", horizon_tokens=10**9), train("kept")
 
 
-def test_a_run_moves_to_a_plan_that_pays_and_keeps_one_that_does_not(tmp_path):
-    (moved, new_rows), (kept, old_rows) = run_ranks(_decide_in_a_run, 2, tmp_path)[0]
+@pytest.mark.parametrize("rows", [ROWS, COPIED], ids=["single", "copies"])
+def test_a_run_moves_to_a_plan_that_pays_and_keeps_one_that_does_not(tmp_path, rows):
+    (moved, new_rows), (kept, old_rows) = run_ranks(_decide_in_a_run, 2, tmp_path, rows)[0]
 
     def reports(name):
         lines = (tmp_path / name / "profile-replanning.jsonl").read_text().splitlines()
@@ -124,7 +134,8 @@ def test_a_run_moves_to_a_plan_that_pays_and_keeps_one_that_does_not(tmp_path):
     assert (second["step"], second["applied"]) == (12, True)
     assert second["remote_copies"][1] < second["remote_copies"][0]
     assert last.keys() == {"step", "drift"}
-    assert old_rows == ROWS.tolist() != new_rows
+    assert old_rows == rows.tolist() != new_rows
+    assert np.shape(new_rows) == rows.shape
     assert "does not pay: moving" in reports("kept")[1]["reason"]
     np.testing.assert_allclose(moved, kept, atol=1e-5)
 

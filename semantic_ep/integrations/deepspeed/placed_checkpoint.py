@@ -259,9 +259,10 @@ def _go_on_under(engine: Any, old: OldLayout) -> None:
     Experts are not exchanged: all of them are about to be loaded.
     """
     placed: PlacedExperts = engine.placed_experts
-    if old.placement.has_replicas:  # No decision made these, and none could move them.
-        return
-    shapes = [p.physical_to_logical_map.shape for p in (old.placement, placed.placement)]
+    # No decision gives a run copies of experts that its plan has not, or takes them away.
+    shapes = [
+        (p.physical_to_logical_map.shape, p.has_replicas) for p in (old.placement, placed.placement)
+    ]
     if shapes[0] == shapes[1] and old.expert_parallel == placed.groups.expert_parallel:
         engine.placed_experts = placed.under(old.placement)
 

@@ -42,11 +42,6 @@ class EnginePlacement:
             ConfigError: Its optimizer keeps what cannot be divided by expert.
         """
         obstacle = obstacle_to_moving(engine)
-        if engine.placed_experts.placement.has_replicas:
-            obstacle = (
-                "a new plan would have no copies of experts, and this one has",
-                "Plan with --redundant-slots 0",
-            )
         if obstacle is not None:
             problem, do = obstacle
             raise ConfigError(
@@ -62,6 +57,11 @@ class EnginePlacement:
     def placement(self) -> Placement:
         """See `PlacedModel`."""
         return self._placed.placement
+
+    @property
+    def sources(self) -> Placement:
+        """See `PlacedModel`: the optimizer trains the first copy of each expert alone."""
+        return self.placement.first_copies
 
     @property
     def topology(self) -> Topology:
@@ -102,7 +102,7 @@ class EnginePlacement:
                     state.add(layer, name, _weights(state, each), pieces[layer][name])
             exchanged = exchange_experts(
                 state.rows,
-                old=placed.placement,
+                old=self.sources,
                 new=placement,
                 group=placed.process_groups.expert_parallel,
                 together=dist.group.WORLD,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.plan.placement import Placement
@@ -156,14 +156,36 @@ def start_alike(
     device = torch.device("cuda") if on_gpu and not first.is_cuda else first.device
     moved = {name: [row.detach().to(device) for row in of_slots] for name, of_slots in rows.items()}
     fill_copies(moved, placement=placement, layer=layer, group=group)
-    start = group.rank() * placement.slots_per_rank
-    copy_of_slot = placement.copy_of_slot[layer]
     for name, of_slots in rows.items():
-        for slot, row in enumerate(of_slots):
-            if copy_of_slot[start + slot]:
-                row.data.copy_(moved[name][slot])
-                # As Megatron marks further uses of one weight: norms and counts leave them out.
-                row.shared = True  # type: ignore[attr-defined]
+        for row, weights in zip(of_slots, moved[name], strict=True):
+            row.data.copy_(weights)
+    count_once(rows, placement=placement, layer=layer, ep_rank=group.rank())
+
+
+def count_once(
+    rows: Mapping[str, Sequence[nn.Parameter]],
+    *,
+    placement: Placement,
+    layer: int,
+    ep_rank: int,
+    stand_ins: Callable[[nn.Parameter], Iterable[Tensor]] = lambda _: (),
+) -> None:
+    """Let norms of gradients and numbers of zeros leave out all copies but the first.
+
+    Args:
+        rows: See `rows_of`.
+        placement: Of the model.
+        layer: MoE layer.
+        ep_rank: Of this rank.
+        stand_ins: What an optimizer has in the place of a parameter, if it exists already.
+    """
+    slots = placement.slots_per_rank
+    copy_S = placement.copy_of_slot[layer, ep_rank * slots : (ep_rank + 1) * slots]
+    for of_slots in rows.values():
+        for row, copy in zip(of_slots, copy_S, strict=True):
+            for each in (row, *stand_ins(row)):
+                # As Megatron marks further uses of one weight.
+                each.shared = bool(copy)  # type: ignore[attr-defined]
 
 
 def rows_of(experts: nn.Module, *, where: str) -> dict[str, list[nn.Parameter]]:

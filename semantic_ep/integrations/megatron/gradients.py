@@ -17,7 +17,7 @@ from torch import nn
 
 from semantic_ep.errors import ConfigError, explain
 from semantic_ep.integrations.megatron.copies import GOT, WHERE, rows_of
-from semantic_ep.integrations.megatron.layer import SemanticMoELayer
+from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
 from semantic_ep.runtime.collectives import from_all_ranks
 from semantic_ep.runtime.copies import CopyGradient, CopySums
 from semantic_ep.runtime.groups import create_groups
@@ -33,8 +33,11 @@ class FinalizeWithCopies:
     sums_copies = True
 
     def __init__(self) -> None:
-        """Learn the model from the first call."""
+        """Learn the model from the first call, and again where its experts have moved."""
         self._chunks: list[nn.Module] = []
+        self._layers: list[SemanticMoELayer] = []
+        self._group: dist.ProcessGroup | None = None
+        self._placed: list[PlacedLayers] = []
         self._sums: CopySums | None = None
 
     def __call__(self, model: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
@@ -49,19 +52,27 @@ class FinalizeWithCopies:
             ConfigError: Gradients are kept in a way that copies cannot be summed in.
             PeerFailureError: Another rank died or did not answer in time.
         """
-        if self._sums is None or [*model] != self._chunks:
+        if [*model] != self._chunks:
             _check(model)
-            group = _group(model[0])
-            self._sums, self._chunks = CopySums(list(_gradients(model)), group), [*model]
+            self._chunks, self._group, self._sums = [*model], _group(model[0]), None
+            self._layers = [layer for chunk in model for layer in _layers(chunk)]
+        placed = [layer.placed for layer in self._layers]
+        if self._sums is None or placed != self._placed:
+            # The ranks of the group have the same layers, and learn of another placement together.
+            self._sums, self._placed = CopySums(list(_gradients(model)), self._group), placed
         finalize_model_grads(list(model), *args, **kwargs)
         self._sums.sum()
+
+
+def _layers(chunk: nn.Module) -> Iterator[SemanticMoELayer]:
+    return (module for module in chunk.modules() if isinstance(module, SemanticMoELayer))
 
 
 def _gradients(model: Sequence[nn.Module]) -> Iterator[CopyGradient]:
     """What this rank holds of the gradients of copies, once Megatron has reduced them."""
     for chunk in model:
         owned = _owned(chunk)
-        for layer in (m for m in chunk.modules() if isinstance(m, SemanticMoELayer)):
+        for layer in _layers(chunk):
             number = layer.placed.row_of(layer.layer_number)
             experts_S = layer.placed.placement.experts_of_rank(number, layer.ep_group.rank())
             count_E = layer.placed.placement.logical_count[number]

@@ -7,6 +7,7 @@ of all stages change together or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,8 +17,8 @@ from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
 )
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from semantic_ep.errors import ConfigError, PlacementError, explain
 from semantic_ep.integrations.expert_state import (
@@ -27,7 +28,7 @@ from semantic_ep.integrations.expert_state import (
     expert_bytes,
     whole_states,
 )
-from semantic_ep.integrations.megatron.copies import rows_of
+from semantic_ep.integrations.megatron.copies import count_once, rows_of
 from semantic_ep.integrations.megatron.layer import PlacedLayers, SemanticMoELayer
 from semantic_ep.integrations.megatron.observation import bare_model
 from semantic_ep.plan.placement import Placement
@@ -63,7 +64,7 @@ class ModelPlacement:
         ]
         self._optimizers = _unchained(optimizer)
         placed = self._layers[0].placed if self._layers else None
-        self._placed: PlacedLayers = next(filter(None, _everyone(placed)), None)
+        self._placed = next(filter(None, _everyone(placed)), None)
         _check(parts, self._placed, self._optimizers)
         whole = bare_model(parts[0])
         self._ep_group = self._layers[0].ep_group if self._layers else whole.pg_collection.ep
@@ -76,6 +77,11 @@ class ModelPlacement:
     def placement(self) -> Placement:
         """See `PlacedModel`."""
         return self._placed.placement
+
+    @property
+    def sources(self) -> Placement:
+        """See `PlacedModel`: every copy of an expert takes the same steps."""
+        return self.placement
 
     def expert_bytes(self) -> int:
         """See `PlacedModel`."""
@@ -113,9 +119,17 @@ class ModelPlacement:
             layers=[layer_ids.index(layer.layer_number - 1) for layer in self._layers],
         )
         state.store()
-        self._placed = PlacedLayers(placement=placement, layer_ids=layer_ids)
-        for layer in self._layers:
+        self._placed = dataclasses.replace(self._placed, placement=placement)
+        for layer, of_layer in zip(self._layers, rows, strict=True):
             layer.take_placement(self._placed)
+            if placement.has_replicas:
+                count_once(
+                    of_layer,
+                    placement=placement,
+                    layer=self._placed.row_of(layer.layer_number),
+                    ep_rank=self._ep_group.rank(),
+                    stand_ins=self._trained,
+                )
         return exchanged
 
     def _shards(self) -> dist.ProcessGroup | None:
@@ -132,12 +146,14 @@ class ModelPlacement:
 
     def _pieces(self, parameter: nn.Parameter) -> dict[str, Piece]:
         for optimizer in self._optimizers:
-            if isinstance(optimizer, DistributedOptimizer):
-                if parameter in optimizer.model_param_group_index_map:
-                    return _divided_pieces(optimizer, parameter)
-            elif _trains(optimizer, parameter):
-                return _plain_pieces(optimizer, parameter)
+            if _trains(optimizer, parameter):
+                divided = isinstance(optimizer, DistributedOptimizer)
+                return (_divided_pieces if divided else _plain_pieces)(optimizer, parameter)
         return {}  # Not trained, or another rank's.
+
+    def _trained(self, parameter: nn.Parameter) -> list[Tensor]:
+        """What optimizers train in the place of a parameter."""
+        return [_main(each, parameter) for each in self._optimizers if _trains(each, parameter)]
 
 
 def _everyone(mine: Any) -> list[Any]:
@@ -163,13 +179,25 @@ def _prepared_by_all(prepare: Callable[[], _Prepared]) -> _Prepared:
 
 
 def _trains(optimizer: Any, parameter: nn.Parameter) -> bool:
-    main = getattr(parameter, "main_param", parameter)
+    if isinstance(optimizer, DistributedOptimizer):
+        return parameter in optimizer.model_param_group_index_map
+    main = _main(optimizer, parameter)
     return any(main is each for group in optimizer.param_groups for each in group["params"])
+
+
+def _main(optimizer: Any, parameter: nn.Parameter) -> Tensor:
+    """What an optimizer trains for a parameter: itself, its master weights or a part of either."""
+    if not isinstance(optimizer, DistributedOptimizer):
+        main: Tensor = getattr(parameter, "main_param", parameter)
+        return main
+    group, order = optimizer.model_param_group_index_map[parameter]
+    part: Tensor = optimizer.optimizer.param_groups[group]["params"][order]
+    return part
 
 
 def _plain_pieces(optimizer: Any, parameter: nn.Parameter) -> dict[str, Piece]:
     """State of an optimizer that has it whole, with master weights where it keeps some."""
-    main = getattr(parameter, "main_param", parameter)
+    main = _main(optimizer, parameter)
     found = whole_states(optimizer.optimizer.state.get(main, {}), parameter.shape)
     if main is not parameter:
         found["param"] = Piece(values=main.detach().view(-1))
@@ -178,8 +206,7 @@ def _plain_pieces(optimizer: Any, parameter: nn.Parameter) -> dict[str, Piece]:
 
 def _divided_pieces(optimizer: DistributedOptimizer, parameter: nn.Parameter) -> dict[str, Piece]:
     """What the distributed optimizer has of a parameter on this rank."""
-    group, order = optimizer.model_param_group_index_map[parameter]
-    main = optimizer.optimizer.param_groups[group]["params"][order]
+    main = _main(optimizer, parameter)
     found = whole_states(optimizer.optimizer.state.get(main, {}), main.shape)
     # Of parameters in float32 it trains the weights themselves, which move anyway.
     if main.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
@@ -206,7 +233,7 @@ def _check(
                 do="Build it from the spec that SemanticRun.place returns, or unset it",
             )
         )
-    for name, obstacle in _obstacles(parts, placed.placement, optimizers):
+    for name, obstacle in _obstacles(parts, optimizers):
         if obstacle:
             raise ConfigError(
                 explain(
@@ -218,12 +245,9 @@ def _check(
             )
 
 
-def _obstacles(
-    parts: Sequence[nn.Module], placement: Placement, optimizers: Sequence[Any]
-) -> Iterator[tuple[str, bool]]:
-    """Flags, or kinds of plan or optimizer, and whether the run has them."""
+def _obstacles(parts: Sequence[nn.Module], optimizers: Sequence[Any]) -> Iterator[tuple[str, bool]]:
+    """Flags, or kinds of optimizer, and whether the run has them."""
     wrapper = getattr(parts[0], "ddp_config", None)
-    yield "a plan with copies of experts", placement.has_replicas
     yield "--fp8-format", bool(getattr(bare_model(parts[0]).config, "fp8", None))
     yield "--overlap-param-gather", bool(getattr(wrapper, "overlap_param_gather", False))
     instances = getattr(wrapper, "num_distributed_optimizer_instances", 1)

@@ -96,8 +96,6 @@ class SemanticRun:
             plan = Plan.read(config.plan.artifact)
             fingerprint.check(plan.fingerprint, what=f"the plan {config.plan.artifact}")
             copied = plan.placement.has_replicas
-            if copied:
-                _check_copies_stay(config)
             placed = PlacedLayers(
                 placement=plan.placement,
                 layer_ids=fingerprint.layer_ids,
@@ -251,16 +249,3 @@ def _check_settings(config: SemanticEPConfig, model: TransformerConfig) -> None:
         )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-
-
-def _check_copies_stay(config: SemanticEPConfig) -> None:
-    if config.replan.interval != "auto":
-        raise ConfigError(
-            explain(
-                "a new plan would have no copies of experts, and those of this one cannot leave",
-                where="semantic_ep.replan.interval, --semantic-ep-replan-interval",
-                got=f"{config.replan.interval}, with copies in {config.plan.artifact}",
-                allowed='"auto", or a plan made with --redundant-slots 0',
-                do="Unset it, and resume from a checkpoint under another plan instead",
-            )
-        )

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from semantic_ep.observe.profile import RoutingProfile
+from semantic_ep.plan import replan
 from semantic_ep.plan.baselines import random_placement
 from semantic_ep.plan.cost import evaluate
 from semantic_ep.plan.drift import measure_drift
 from semantic_ep.plan.moving import count_moves
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.replan import MIN_SEQUENCES, propose
+from semantic_ep.plan.replicas import add_replicas
 from semantic_ep.plan.verdict import home_ranks
 from semantic_ep.topology import Topology
 from tests.unit.plan.synthetic import planted_trace, random_trace
@@ -94,6 +96,66 @@ def test_experts_of_uneven_ranks_get_the_slots_there_are():
     found = proposed(uneven).placement
     assert found.slots_per_rank == 6
     assert found.logical_count.tolist() == [[1] * 16] * 2
+
+
+# Two spare slots a rank, filled with what has nothing to do with routing.
+COPIED = Placement(
+    physical_to_logical_map=np.concatenate(
+        [
+            FORMER.physical_to_logical_map.reshape(2, 4, 4),
+            np.roll(FORMER.physical_to_logical_map.reshape(2, 4, 4), 1, axis=1)[:, :, :2],
+        ],
+        axis=2,
+    ).reshape(2, -1),
+    num_experts=16,
+    ep_size=4,
+)
+
+
+def test_a_run_with_copies_gets_as_many_where_they_save_most():
+    found = proposed(COPIED)
+    assert found.placement.slots_per_rank == 6
+    assert found.placement.logical_count.sum(axis=1).tolist() == [24, 24]
+    before, after = found.report["remote_copies"]
+    assert after < 0.9 * before
+    moves = count_moves(found.placement, COPIED, bytes_per_expert=10**6)
+    assert found.report["bytes_to_move"] == moves.bytes
+    again = proposed(found.placement)
+    assert again.placement is None
+    assert "the new plan is the one in force" in again.report["reason"]
+
+
+def test_the_choice_of_copies_looks_at_frequent_tokens_first_where_time_is_short(monkeypatch):
+    entries = sum(table.nnz for table in EARLIER.token_expert)
+    seen = []
+
+    def watched(placement, profile, **settings):
+        seen.append(profile.token_count)
+        return add_replicas(placement, profile, **settings)
+
+    monkeypatch.setattr(replan, "add_replicas", watched)
+    for share in (2, 0.5):
+        # For 16 pairs of ranks, before the 2 spare slots of a rank are filled and after each.
+        monkeypatch.setattr(replan, "SECONDS_AN_ENTRY", 5 / (16 * 3 * entries * share))
+        found = proposed(COPIED, time_limit=5)
+        assert found.placement.logical_count.sum() == 2 * 24
+    whole, half = seen
+    np.testing.assert_array_equal(whole, EARLIER.token_count)
+    assert 0 < np.count_nonzero(half) < np.count_nonzero(whole)
+    assert half[half > 0].min() >= whole[half == 0].max()
+
+
+def test_copies_that_nothing_can_be_taken_from_are_filled_anew_and_priced():
+    first = COPIED.first_copies
+    assert first.logical_count.tolist() == [[1] * 16] * 2
+    np.testing.assert_array_equal(first.rank_of_expert, COPIED.rank_of_expert)
+    found = proposed(COPIED, sources=first)
+    moves = count_moves(found.placement, first, bytes_per_expert=10**6)
+    assert found.report["bytes_to_move"] == moves.bytes
+    # Every spare slot gets its copy from another rank, even one that it had.
+    assert moves.bytes >= 16 * 10**6
+    again = proposed(found.placement, sources=found.placement.first_copies)
+    assert "the new plan is the one in force" in again.report["reason"]
 
 
 def test_drift_of_a_recorder_that_went_on_is_that_of_its_new_counts():
