@@ -86,10 +86,12 @@ def test_a_run_resumed_under_a_plan_goes_on_as_if_nothing_had_moved(corpus, tmp_
     # Each rank also has a copy of the other's first expert.
     by_rank = shuffled.reshape(LAYERS, 2, -1)
     copied = np.concatenate([by_rank, by_rank[:, ::-1, :1]], axis=2).reshape(LAYERS, -1)
+    replanning = ("--semantic-ep-replan-interval", "5")
+    replanning += ("--semantic-ep-replan-horizon-tokens", str(10**9))
     (whole / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("6")
     for table, *arguments in (
         (shuffled, "--semantic-ep-groups-scope", "node"),
-        (copied, "--semantic-ep-dispatch-backend", "torch"),
+        (copied, "--semantic-ep-dispatch-backend", "torch", *replanning),
     ):
         placement = Placement(physical_to_logical_map=table, num_experts=EXPERTS, ep_size=2)
         moved = tmp_path / str(placement.slots_per_rank)
@@ -110,6 +112,10 @@ def test_a_run_resumed_under_a_plan_goes_on_as_if_nothing_had_moved(corpus, tmp_
         np.testing.assert_array_equal(again.load, profile.load)
         np.testing.assert_array_equal(again.coactivation, profile.coactivation)
         assert again.tokens == profile.tokens
+    # The run with copies re-plans, and judges copies for its routing.
+    decision = json.loads((moved / "profile-replanning.jsonl").read_text().splitlines()[0])
+    assert decision["step"] == 10
+    assert len(decision["remote_copies"]) == 2
 
 
 def test_a_trained_model_is_one_of_transformers_and_is_trained_on_from_there(
