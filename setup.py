@@ -30,7 +30,7 @@ EXTRAS = {
     ],
     "deepspeed": [
         "torch>=2.10",
-        "deepspeed>=0.19.8,<0.20",
+        "deepspeed>=0.19.4,<0.20",
         # 5.23 changes a registry that DeepSpeed 0.19's AutoEP reads.
         "transformers>=5.12,<5.23",
         "accelerate>=1.0",

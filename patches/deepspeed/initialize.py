@@ -36,7 +36,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         name="deepspeed.initialize",
         package="deepspeed",
-        versions=">=0.19.8,<0.20",
+        versions=">=0.19.4,<0.20",
         target="deepspeed:initialize",
         parameters=(
             "args",

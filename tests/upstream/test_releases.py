@@ -1,4 +1,4 @@
-"""Releases whose signatures are recorded keep the contracts, and Megatron-core's train.
+"""Releases whose signatures are recorded keep the contracts and train.
 
 Each has an environment of its own, in which tests of this suite run.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.version import Version
@@ -45,6 +44,22 @@ TRAINING_OF_NEWEST = (
     "e2e/test_finetune_megatron.py::test_a_run_resumed_under_a_plan_goes_on_as_if_nothing_had_moved",
 )
 
+# Of the oldest release of DeepSpeed: AutoEP observed and balanced, native layers under a plan,
+# Hugging Face models resumed under other plans, ZeRO 3.
+TRAINING_OF_DEEPSPEED = (
+    "distributed/test_deepspeed_training.py::test_the_profile_of_autoep_training_equals_a_brute_force_"
+    "count",
+    "distributed/test_deepspeed_training.py::test_the_balancing_loss_sees_all_ranks_and_recent_passes",
+    "distributed/test_deepspeed_training.py::test_the_bias_of_a_router_is_observed_or_refused_where_"
+    "autoep_leaves_it_out",
+    "distributed/test_deepspeed_native_placed.py::test_a_plan_has_the_losses_of_deepspeeds_own_"
+    "exchange[2-2-True]",
+    "distributed/test_deepspeed_placed.py::test_a_resumed_run_goes_on_under_the_same_plan_another_plan_"
+    "and_another_ep_size[2]",
+    "distributed/test_deepspeed_zero3.py::test_a_plan_trains_resumes_and_exports_at_zero_3_as_a_model_"
+    "that_is_not_spread",
+)
+
 
 def _recorded(package: str) -> list[Version]:
     names = (file.stem for file in SIGNATURES.glob(f"{package}-*.json"))
@@ -67,17 +82,10 @@ def _newest_of_each_minor(package: str) -> list[str]:
     return [str(newest[minor]) for minor in sorted(newest)]
 
 
-def _others_of_deepspeed() -> list[Any]:
-    """Recorded releases but the installed one, all of one minor version."""
+def _others_of_deepspeed() -> list[str]:
+    """Recorded releases but the installed one, oldest first; all are of one minor version."""
     installed = _installed("deepspeed")
-    others = [str(version) for version in _recorded("deepspeed") if version != installed]
-    if others:
-        return others
-    reason = (
-        "0.19.8 is the only release of deepspeed in the supported range, >=0.19.8,<0.20. Record "
-        "the next with: python -m tests.upstream.environments deepspeed VERSION"
-    )
-    return [pytest.param("", marks=pytest.mark.skip(reason=reason))]
+    return [str(version) for version in _recorded("deepspeed") if version != installed]
 
 
 def _keeps_the_contracts(package: str, version: str, framework: str) -> None:
@@ -87,6 +95,13 @@ def _keeps_the_contracts(package: str, version: str, framework: str) -> None:
     (other,) = {"megatron", "deepspeed"} - {framework}
     chosen = f"{TESTS} and not {other}"
     _pass(python, "-k", chosen, *files)
+
+
+def _finds(python: Path, package: str, version: str) -> None:
+    """Ranks are started with the interpreter of the test, so that they find the release, too."""
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == version
 
 
 def _pass(python: Path, *arguments: str | Path) -> None:
@@ -116,10 +131,7 @@ def test_a_release_of_megatron_trains_as_the_installed_one(version):
     if torch.cuda.is_available():
         pytest.skip("the seams for CPU, which these runs need, are inactive here")
     python = python_with("megatron-core", version)
-    # Ranks are started with the same interpreter.
-    code = "from importlib.metadata import version; print(version('megatron-core'))"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == version
+    _finds(python, "megatron-core", version)
     newest = version == _newest_of_each_minor("megatron-core")[-1]
     chosen = TRAINING_OF_NEWEST if newest else TRAINING
     _pass(python, *(str(ROOT / "tests" / test) for test in chosen))
@@ -130,3 +142,12 @@ def test_a_release_of_megatron_trains_as_the_installed_one(version):
 def test_a_release_of_deepspeed_keeps_the_contracts_of_the_installed_one(version):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     _keeps_the_contracts("deepspeed", version, "deepspeed")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("version", _others_of_deepspeed()[:1])
+def test_the_oldest_release_of_deepspeed_trains_as_the_installed_one(version):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    python = python_with("deepspeed", version)
+    _finds(python, "deepspeed", version)
+    _pass(python, *(str(ROOT / "tests" / test) for test in TRAINING_OF_DEEPSPEED))
