@@ -249,6 +249,7 @@ def test_no_request_that_the_document_allows_or_forbids_makes_the_server_fail(se
     assert server.ready()
 
 
+@pytest.mark.timeout(600 + LEAK_REQUESTS // 4)
 def test_memory_stays_flat_over_many_short_requests(server):
     rank = psutil.Process(server.ranks[0].pid)
 
