@@ -103,8 +103,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, inputs: Inputs) -> Result:
+    from benchmarks.gloo_ranks import on_ranks
     from benchmarks.serve_generate import Batches, compare
-    from benchmarks.serve_ranks import Job, on_ranks, serve_all
+    from benchmarks.serve_ranks import Job, serve_all
     from semantic_ep.plan.policies import policy
     from semantic_ep.plan.schedule import Schedule
 

@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> Result:
         ConfigError: There is no quickstart's run.
         BackendError: Tokens differ between the cells.
     """
+    from benchmarks.gloo_ranks import on_ranks
     from benchmarks.recorded import Recording, by_phase, held_out_documents, training_documents
-    from benchmarks.serve_ranks import on_ranks
 
     routes, data = Recording(args.run / "model"), args.run / "data"
     seen = routes.continued(

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> Result:
 def _measure(
     args: argparse.Namespace, model: Path, prompts: Sequence[Sequence[int]], source: str
 ) -> Result:
-    from benchmarks.serve_ranks import on_ranks
+    from benchmarks.gloo_ranks import on_ranks
 
     job = Job(
         model=model,

@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.gloo_ranks import on_ranks
 from benchmarks.registry import Chart, Result, Row, Table
 from semantic_ep.artifacts import ModelFingerprint
 from semantic_ep.observe.formats import read_npz_trace
@@ -167,14 +166,10 @@ def _batch(placement: Placement, layer: int, routes: np.ndarray, home: np.ndarra
 def _measure(
     batches: dict[str, Batch], ranks: int, hidden: int, args: argparse.Namespace
 ) -> list[Row]:
-    with tempfile.TemporaryDirectory() as directory:
-        store, output = str(Path(directory, "store")), str(Path(directory, "output"))
-        torch.multiprocessing.spawn(
-            _rank_main,
-            args=(ranks, store, output, batches, hidden, args.repeats, args.warm_up),
-            nprocs=ranks,
-        )
-        results = torch.load(output)
+    results: dict[str, Row] = on_ranks(
+        *(_time_variants, ranks, batches, hidden, args.repeats, args.warm_up),
+        preload=["torch.distributed"],
+    )
     return [
         {
             "ranks": ranks,
@@ -192,18 +187,11 @@ def _measure(
     ]
 
 
-def _rank_main(
-    rank: int,
-    ranks: int,
-    store: str,
-    output: str,
-    batches: dict[str, Batch],
-    hidden: int,
-    repeats: int,
-    warm_up: int,
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+def _time_variants(
+    batches: dict[str, Batch], hidden: int, repeats: int, warm_up: int
+) -> dict[str, Row]:
+    """What all ranks measured, by variant; every rank calls this."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     draw = torch.Generator().manual_seed(rank)
     slots = {name: torch.from_numpy(batch.slot_GTK[rank]) for name, batch in batches.items()}
     x = torch.randn(len(slots["contiguous"]), hidden, generator=draw)
@@ -247,9 +235,7 @@ def _rank_main(
             "emulated_rows": None if emulated is None else float(both[1]) / ranks,
             "auto_overlaps": int(auto_overlaps) if name in OVERLAPS else None,
         }
-    if rank == 0:
-        torch.save(results, output)
-    dist.destroy_process_group()
+    return results
 
 
 def plain_pass(x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, slots_per_rank: int) -> Tensor:

@@ -11,18 +11,15 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
-import pickle
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.gloo_ranks import PEER_SECONDS
 from semantic_ep.plan.placement import Placement
 from semantic_ep.plan.schedule import Schedule
 from semantic_ep.runtime.collectives import from_all_ranks
@@ -46,13 +43,6 @@ BURST = math.inf
 COUNTED = ("tokens", "activations", "local_activations", "remote_rows", "remote_bytes")
 LINK = "shared_memory"
 _BLOCK_SIZE = 16
-_PEER_SECONDS = 120
-_PRELOAD = [
-    "torch.distributed",
-    "transformers.models.auto.modeling_auto",
-    "transformers.generation.utils",
-    "deepspeed",
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,56 +146,6 @@ class Measured:
     accelerator: Accelerator
 
 
-def on_ranks(target: Callable[..., Any], ranks: int, *args: Any) -> Any:
-    """Call `target(*args)` on CPU ranks over gloo, one thread each, and return rank 0's result.
-
-    Args:
-        target: A module-level function; the default process group is all ranks.
-        ranks: How many.
-        *args: Pickled.
-    """
-    # Read when DeepSpeed is imported, which the ranks' parent does before they start.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory, "output")
-        torch.multiprocessing.start_processes(
-            _rank_main,
-            args=(ranks, str(Path(directory, "store")), output, target, args),
-            nprocs=ranks,
-            start_method="forkserver",
-        )
-        return pickle.loads(output.read_bytes())
-
-
-def _rank_main(
-    rank: int,
-    ranks: int,
-    store: str,
-    output: Path,
-    target: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    import datetime
-
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    os.environ.update(LOCAL_SIZE=str(ranks))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(seconds=_PEER_SECONDS),
-    )
-    result = target(*args)
-    if rank == 0:
-        output.write_bytes(pickle.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def serve_all(job: Job) -> Measured | None:
     """Serve with every plan and policy; every rank calls this. The result is rank 0's."""
     group = dist.group.WORLD
@@ -282,7 +222,7 @@ def _serve(
         engine,
         scheduler=_scheduler(job, cost, plan, policy),
         front=front,
-        peer_timeout=_PEER_SECONDS,
+        peer_timeout=PEER_SECONDS,
         kv_cache_tokens=job.kv_cache_tokens,
         block_size=_BLOCK_SIZE,
         max_sequences=job.max_sequences,
