@@ -134,6 +134,8 @@ def _rank_main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(LOCAL_SIZE=str(world_size))
+    # A rank that ended while others still connect would fail them: a new group is whole first.
+    os.environ.update(TORCH_DIST_INIT_BARRIER="1")
     import torch
     import torch.distributed as dist
 
