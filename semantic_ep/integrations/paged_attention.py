@@ -17,6 +17,7 @@ B sequences of a group, Q queries of each, P positions of each, S positions of t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -196,10 +197,21 @@ class PackedBatch:
             decoding=rows_of(ranges),
         )
 
-    @property
+    @functools.cached_property
     def num_decoding(self) -> int:
         """Sequences in `decoding`."""
         return sum(row.count for row in self.decoding)
+
+    def store(self, pool_JSD: Tensor, new_JTD: Tensor) -> None:
+        """Write what the tokens bring to their slots, in as few pieces as they lie in."""
+        if not all(group.in_place for group in self.groups) or len(self.decoding) > 1:
+            pool_JSD.index_copy_(1, self.slot_T, new_JTD)
+            return
+        for group in self.groups:
+            (first, after), (_, end) = group.tokens, group.positions
+            pool_JSD[:, end - (after - first) : end] = new_JTD[:, first:after]
+        for row in self.decoding:
+            row.newest(pool_JSD).copy_(new_JTD[:, -row.count :])
 
 
 def _grouped(
@@ -265,7 +277,7 @@ class PagedKVCache:
         pools = self._pools[layer_idx]
         self.batch.pools[layer_idx] = pools
         for pool_JSD, new in zip(pools, (key, value)):
-            pool_JSD.index_copy_(1, self.batch.slot_T, new[0])
+            self.batch.store(pool_JSD, new[0])
         if not len(self.batch.block_N):  # All sequences are read where they lie.
             return self._nothing[layer_idx]
         return tuple(self._gather(pool_JSD) for pool_JSD in pools)

@@ -43,6 +43,10 @@ class Row:
             first,
         )
 
+    def newest(self, pool_JSD: Tensor) -> Tensor:
+        """[J, count, D]: the last position of each."""
+        return self.view(pool_JSD, window=1)[:, :, 0].movedim(0, 1)
+
 
 def rows_of(ranges: Iterable[tuple[int, int]]) -> list[Row]:
     """As few rows as neighbours allow, in order.
@@ -83,7 +87,8 @@ def decode(
     heads = len(pools[0])
     # Query heads that share a key head become queries of one sequence.
     query_TJQD = query_HTD.unflatten(0, (heads, -1)).movedim(2, 0)
-    parts = query_TJQD.split([row.count for row in rows])
+    one = len(rows) == 1
+    parts = [query_TJQD] if one else query_TJQD.split([row.count for row in rows])
     out = []
     for row, query in zip(rows, parts):
         key, value = (row.view(pool, window) for pool in pools)
@@ -94,4 +99,4 @@ def decode(
             sink_TJQ1 = sink_H.view(1, heads, -1, 1).expand(row.count, -1, -1, -1)
             scores = torch.cat([query @ key.transpose(-1, -2) * scaling, sink_TJQ1], dim=-1)
             out.append(scores.softmax(dim=-1)[..., :-1] @ value)
-    return torch.cat(out).flatten(1, 2)
+    return (out[0] if one else torch.cat(out)).flatten(1, 2)

@@ -56,3 +56,10 @@ def test_every_sequence_attends_to_its_own_positions(ranges, window, sink):
                 scores = torch.cat([scores, sink_H[head : head + 1]])
             weights = scores.softmax(0)[: end - begin]
             torch.testing.assert_close(got[number, head], weights @ value, atol=1e-5, rtol=1e-5)
+
+
+@given(sequences())
+def test_the_newest_position_of_each_sequence_is_its_last(ranges):
+    pool_JSD = torch.arange(float(KEY_HEADS * POSITIONS * SIZE)).view(KEY_HEADS, POSITIONS, SIZE)
+    newest = torch.cat([row.newest(pool_JSD) for row in rows_of(ranges)], dim=1)
+    assert torch.equal(newest, pool_JSD[:, [end - 1 for _, end in ranges]])
