@@ -50,7 +50,7 @@ def few_rows_experts_forward(
         top_k_index: [T, K] int64, rows of the fused weights.
         top_k_weights: [T, K].
     """
-    if top_k_index.numel() > _FEW_ROWS:
+    if not 0 < top_k_index.numel() <= _FEW_ROWS:
         return _grouped(experts, hidden_states, top_k_index, top_k_weights)
     tokens, top_k = top_k_index.shape
     expert_R = top_k_index.flatten().tolist()
