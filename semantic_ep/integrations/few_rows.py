@@ -3,7 +3,7 @@
 transformers' grouped matmul sorts the rows, counts them by expert and visits every expert of the
 rank, also those without one. For a handful of rows that takes as long as the experts themselves.
 Here only experts that have rows are visited, in an order known without tensors. The matmuls are the
-same, and so are the results. More rows go to the grouped matmul.
+same, and so are the results up to rounding. More rows go to the grouped matmul.
 
 Shapes: T tokens, K experts of each, R = T * K rows, D hidden size, F width of an expert.
 """
@@ -26,17 +26,18 @@ EXPERTS = "semantic_ep_few_rows"
 _FEW_ROWS = 16
 
 
-def use_few_rows_experts(model: PreTrainedModel) -> None:
-    """Let the experts of a model on a CPU compute few rows this way.
+def experts_implementation(model: PreTrainedModel, device: torch.device) -> str:
+    """Name, for transformers, of how the experts of a model on a device compute.
 
-    Families whose experts transformers computes by itself, without a grouped matmul, stay as they
-    are.
+    Families whose experts transformers computes without a grouped matmul stay as they are.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if model.get_correct_experts_implementation(None) == "grouped_mm":
-        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, few_rows_experts_forward)
-        model.set_experts_implementation(EXPERTS)
+    implementation: str = model.get_correct_experts_implementation(None)
+    if device.type != "cpu" or implementation != "grouped_mm":
+        return implementation
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, few_rows_experts_forward)
+    return EXPERTS
 
 
 def few_rows_experts_forward(

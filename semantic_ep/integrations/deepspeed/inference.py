@@ -29,7 +29,7 @@ from semantic_ep.integrations.expert_parallel import (
     replace_experts,
     set_slot_tables,
 )
-from semantic_ep.integrations.few_rows import use_few_rows_experts
+from semantic_ep.integrations.few_rows import experts_implementation
 from semantic_ep.integrations.look_ahead import LookAheadPredictor
 from semantic_ep.integrations.paged_attention import ATTENTION, register_paged_attention
 from semantic_ep.integrations.sharded_loading import load_expert_shard
@@ -175,9 +175,7 @@ def init_inference(
     register_paged_attention()
     model.set_attn_implementation(ATTENTION)
     # The loader's subclass hid from transformers that its grouped matmul fits this family.
-    model.set_experts_implementation(model.get_correct_experts_implementation(None))
-    if device.type == "cpu":
-        use_few_rows_experts(model)
+    model.set_experts_implementation(experts_implementation(model, device))
     dispatcher = create_dispatcher(
         backend,
         group=group,

@@ -7,8 +7,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from semantic_ep.integrations.few_rows import (
     EXPERTS,
+    experts_implementation,
     few_rows_experts_forward,
-    use_few_rows_experts,
 )
 
 SIZES = {
@@ -30,7 +30,7 @@ def experts_of(family):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    use_few_rows_experts(model)
+    model.set_experts_implementation(experts_implementation(model, torch.device("cpu")))
     experts = model.model.layers[0].mlp.experts
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
